@@ -1,0 +1,35 @@
+# The two commands: `make simulate` and `make test`. Everything is installed into .venv from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: simulate test hospitals clean
+
+simulate: $(VENV)/app.done
+	$(BIN)/hemafed-sim run $(ARGS)
+
+test: $(VENV)/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest tests/test_imports.py
+	$(BIN)/pytest --ignore=tests/test_imports.py
+
+hospitals: $(VENV)/app.done
+	$(BIN)/hemafed-sim sites $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "hemafed needs Python 3.11 or newer, $(PYTHON) is %d.%d; call make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/app.done: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[app]'
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/app.done
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[app,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) hospitals runs

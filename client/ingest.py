@@ -1,0 +1,368 @@
+"""A hospital's files to its slice cache.
+
+In: a Site. Out: the cache of shared/slices, written beside the old one and swapped in whole, and a report of what
+was taken and what was left out. Patients and series become keyed hashes here; names, dates and identifiers go no
+further. The split is decided per patient by that hash, so it never changes when patients are added.
+
+Nothing here leaves the hospital. Shape suffixes: N slice, Y row, X column.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from client.dicom import AIR_HU, CtSeries, CtSlice, DicomError, Fault, clamp_hu, find_files, read_hu, read_series
+from client.masks import MaskFile, find_masks, read_masks
+from shared.site import Site
+from shared.slices import COLUMNS, FORMAT_VERSION, PIXEL_MM, SIDE_PX, read_cache
+
+SPLIT_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+TISSUE_HU = -300.0  # above it is head, holder or table; below it air
+HEAD_GRID_MM = 4.0  # the head is found on a coarse grid
+
+
+class IngestError(ValueError):
+    """A hospital's data cannot become a cache; lists every fault and the next step."""
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did; for the hospital's own eyes.
+
+    Attributes:
+      slices, patients, series: counts in the cache.
+      positives, unlabelled, masked: slices with the marker, without a label, with a mask.
+      faults: what was left out.
+      unchanged: the cache was current and nothing was read.
+    """
+
+    slices: int
+    patients: int
+    series: int
+    positives: int
+    unlabelled: int
+    masked: int
+    faults: tuple[Fault, ...]
+    unchanged: bool = False
+
+
+@dataclass(frozen=True)
+class _Ingested:
+    """One series, ready for the cache."""
+
+    hu: NDArray[np.int16]
+    masks: NDArray[np.uint8]
+    rows: list[dict[str, str]]
+    faults: list[Fault]
+
+
+def ingest(site: Site, workers: int | None = None, progress: Callable[[int, int], None] = lambda d, n: None) -> IngestReport:
+    """Write a hospital's slice cache, unless it is current.
+
+    Args:
+      site: where the files are and where the cache goes.
+      workers: processes; by default one per core.
+      progress: told series done and series in all.
+    Returns:
+      Counts and faults.
+    Raises:
+      IngestError: no usable slice, or a label table that does not fit the images.
+    """
+    manifest = _manifest(site)
+    current = _current_report(site, manifest)
+    if current:
+        return current
+    series, faults = read_series(site.images)
+    if not series:
+        raise IngestError(
+            f"site {site.name!r}: no CT series in {site.images} ({len(faults)} files left out{_reasons(faults)}); "
+            "point data.images at a folder with axial CT in DICOM"
+        )
+    masks, mask_faults = find_masks(site.masks)
+    known = {s.uid for s in series}
+    for uid in sorted(masks.keys() - known):
+        mask_faults.append(Fault(masks[uid].path.name, f"refers to series {short(uid)}, which is not in data.images"))
+    labels = read_labels(site, series)
+    key = site.key()
+    jobs = [(one, masks.get(one.uid), labels.get(one.uid, {}), site.role, key) for one in series]
+    partial = site.cache.with_name(site.cache.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        done = _watched(pool.map(_ingest_series, jobs, chunksize=2), len(jobs), progress)
+        rows, read_faults = _write_arrays(partial, done, sum(len(s.slices) for s in series))
+    faults = tuple(faults + mask_faults + read_faults)
+    if not rows:
+        raise IngestError(f"site {site.name!r}: no slice of {len(series)} series could be read{_reasons(faults)}")
+    report = IngestReport(
+        slices=len(rows),
+        patients=len({row["patient"] for row in rows}),
+        series=len({row["series"] for row in rows}),
+        positives=sum(row["label"] == "1" for row in rows),
+        unlabelled=sum(row["label"] == "" for row in rows),
+        masked=sum(row["has_mask"] == "1" for row in rows),
+        faults=faults,
+    )
+    _write_index(partial, rows, report, manifest)
+    shutil.rmtree(site.cache, ignore_errors=True)
+    os.replace(partial, site.cache)
+    return report
+
+
+def short(uid: str) -> str:
+    """A UID for a message: enough to find it in the export, not the whole."""
+    return uid if len(uid) <= 16 else f"{uid[:6]}…{uid[-8:]}"
+
+
+def pseudonym(key: bytes, kind: str, identifier: str) -> str:
+    """Keyed hash of a patient or series identifier, 16 hexadecimal digits; not to be undone without the key."""
+    return hmac.new(key, f"{kind}/{identifier}".encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def split_of(patient: str) -> str:
+    """The split of a patient, from its hash alone."""
+    place, edge = int(patient[:8], 16) / 2**32, 0.0
+    for split, share in SPLIT_SHARES.items():
+        edge += share
+        if place < edge:
+            return split
+    return "test"
+
+
+def read_labels(site: Site, series: list[CtSeries]) -> dict[str, dict[str, str]]:
+    """The label table.
+
+    Args:
+      site: its data.labels is a CSV with columns series_uid, sop_uid or slice_index (from 0, from the feet up), and
+        hypodensity (1, 0 or blank for unknown).
+      series: all the series there are.
+    Returns:
+      Series UID -> SOP instance UID -> "1", "0" or "".
+    Raises:
+      IngestError: a missing column, an unknown series or image, or another value; all of them at once.
+    """
+    if site.labels is None:
+        return {}
+    with open(site.labels, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        table = list(reader)
+    place = next((c for c in ("sop_uid", "slice_index") if c in columns), None)
+    if "series_uid" not in columns or "hypodensity" not in columns or place is None:
+        raise IngestError(
+            f"site {site.name!r}: {site.labels.name} has columns {columns}, expected series_uid, "
+            "sop_uid or slice_index, and hypodensity"
+        )
+    by_uid = {s.uid: [one.sop_uid for one in s.slices] for s in series}
+    labels: dict[str, dict[str, str]] = {}
+    wrong = []
+    for line, row in enumerate(table, start=2):
+        uid, value = row["series_uid"].strip(), (row["hypodensity"] or "").strip()
+        if uid not in by_uid:
+            wrong.append(f"line {line}: series {short(uid)} is not among the {len(by_uid)} series in data.images")
+            continue
+        image = _image_of(row[place].strip(), place, by_uid[uid])
+        if image is None:
+            wrong.append(f"line {line}: {place} {short(row[place])} is not among the {len(by_uid[uid])} slices of its series")
+        elif value not in ("", "0", "1"):
+            wrong.append(f"line {line}: hypodensity {value!r}, expected 1, 0 or blank")
+        elif labels.setdefault(uid, {}).setdefault(image, value) != value:
+            wrong.append(f"line {line}: another label than an earlier line gives the same slice")
+    if wrong:
+        shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise IngestError(
+            f"site {site.name!r}: {site.labels.name} does not fit the images:\n  {shown}\n"
+            "correct the table, or export the images that it speaks of"
+        )
+    return labels
+
+
+def _image_of(value: str, place: str, sop_uids: list[str]) -> str | None:
+    """The SOP instance UID that a label row means; None if there is none."""
+    if place == "sop_uid":
+        return value if value in sop_uids else None
+    return sop_uids[int(value)] if value.isdigit() and int(value) < len(sop_uids) else None
+
+
+def _ingest_series(job: tuple[CtSeries, MaskFile | None, dict[str, str], str, bytes]) -> _Ingested:
+    """Read, resample and describe one series; runs in a worker process."""
+    series, mask_file, labels, role, key = job
+    faults, masks = [], {}
+    if mask_file is not None:
+        try:
+            masks = read_masks(mask_file, series)
+        except DicomError as error:
+            faults.append(Fault(mask_file.path.name, str(error)))
+    images = []
+    for one in series.slices:
+        try:
+            images.append((one, clamp_hu(read_hu(one.path))))
+        except DicomError as error:
+            faults.append(Fault(one.path.name, str(error)))
+    hu, resampled, rows = [], [], []
+    centre = head_centre(images) if images else (0.0, 0.0)
+    for one, hu_YX in images:
+        mask_YX = masks.get(one.sop_uid)
+        patient = pseudonym(key, "patient", one.patient_id)
+        hu.append(np.rint(resample(hu_YX, one, centre, fill=AIR_HU)).astype(np.int16))
+        empty = np.zeros(hu_YX.shape, np.uint8)
+        resampled.append(resample(empty if mask_YX is None else mask_YX, one, centre, fill=0) > 0.5)
+        rows.append(
+            {
+                "patient": patient,
+                "series": pseudonym(key, "series", series.uid),
+                "z_mm": f"{one.height_mm:.2f}",
+                "spacing_mm": f"{series.spacing_mm:.2f}",
+                "label": labels.get(one.sop_uid, ""),
+                "has_mask": "0" if mask_YX is None else "1",
+                "split": split_of(patient) if role == "train" else "test",
+                "flags": "head-cut" if _touches_edge(hu[-1]) else "",
+            }
+        )
+    shape = (len(rows), SIDE_PX, SIDE_PX)
+    return _Ingested(np.array(hu).reshape(shape), np.array(resampled, np.uint8).reshape(shape), rows, faults)
+
+
+def head_centre(images: list[tuple[CtSlice, NDArray[np.float32]]]) -> tuple[float, float]:
+    """Where the head is in a series: row and column in mm from the corner of the first pixel's grid.
+
+    The largest connected region that is not air, on a coarse grid, its bounding box's middle, the median over slices:
+    one centre for the series, so that the head does not jump from slice to slice.
+    """
+    middles = []
+    for one, hu_YX in images:
+        step = [max(1, round(HEAD_GRID_MM / spacing)) for spacing in one.spacing_mm]
+        regions, count = ndimage.label(hu_YX[:: step[0], :: step[1]] > TISSUE_HU)
+        if not count:
+            continue
+        largest = int(np.argmax(np.bincount(regions.ravel())[1:])) + 1
+        box = ndimage.find_objects(regions)[largest - 1]
+        middles.append([(s.start + s.stop) / 2 * n * mm for s, n, mm in zip(box, step, one.spacing_mm, strict=True)])
+    if not middles:
+        one, hu_YX = images[0]
+        return tuple(n * mm / 2 for n, mm in zip(hu_YX.shape, one.spacing_mm, strict=True))
+    return tuple(float(v) for v in np.median(middles, axis=0))
+
+
+def resample(
+    pixels_YX: NDArray, image: CtSlice, centre_mm: tuple[float, float], fill: float
+) -> NDArray[np.float32]:
+    """A slice on the cache's grid: 224 x 224 pixels of 1 mm around a centre, antialiased.
+
+    Args:
+      pixels_YX: HU or mask in the image's own grid.
+      image: gives the spacing and the direction of rows and columns.
+      centre_mm: row and column of the centre, from head_centre.
+      fill: value outside the image.
+    Returns:
+      float32 (224, 224); rows run to the back, columns to the patient's left.
+    """
+    reach = [SIDE_PX * PIXEL_MM / spacing for spacing in image.spacing_mm]
+    first = [c / spacing - r / 2 for c, spacing, r in zip(centre_mm, image.spacing_mm, reach, strict=True)]
+    # Pillow's box must lie within the picture: pad by what sticks out.
+    before = [max(0, math.ceil(-f)) for f in first]
+    after = [max(0, math.ceil(f + r - n)) for f, r, n in zip(first, reach, pixels_YX.shape, strict=True)]
+    padded = np.pad(pixels_YX.astype(np.float32), list(zip(before, after, strict=True)), constant_values=fill)
+    top, left = (f + b for f, b in zip(first, before, strict=True))
+    box = (left, top, left + reach[1], top + reach[0])
+    out = np.asarray(Image.fromarray(padded).resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR, box=box))
+    if image.row_direction[0] < 0:
+        out = out[:, ::-1]
+    if image.column_direction[1] < 0:
+        out = out[::-1]
+    return out
+
+
+def _touches_edge(hu_YX: NDArray[np.int16]) -> bool:
+    """Whether tissue reaches the edge of the field, so that part of the head may be missing."""
+    edge = np.concatenate([hu_YX[0], hu_YX[-1], hu_YX[:, 0], hu_YX[:, -1]])
+    return bool((edge > TISSUE_HU).mean() > 0.02)
+
+
+def _watched(results: Iterator[_Ingested], total: int, progress: Callable[[int, int], None]) -> Iterator[_Ingested]:
+    """Pass results on and say how many."""
+    for number, result in enumerate(results, start=1):
+        progress(number, total)
+        yield result
+
+
+def _write_arrays(folder: Path, parts: Iterator[_Ingested], most: int) -> tuple[list[dict[str, str]], list[Fault]]:
+    """Stream series into the two arrays; memory holds one series at a time."""
+    shape = (most, SIDE_PX, SIDE_PX)
+    hu = np.lib.format.open_memmap(folder / "slices.npy", mode="w+", dtype=np.int16, shape=shape)
+    masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=shape)
+    rows: list[dict[str, str]] = []
+    faults: list[Fault] = []
+    for part in parts:
+        stretch = slice(len(rows), len(rows) + len(part.rows))
+        hu[stretch], masks[stretch] = part.hu, part.masks
+        rows += part.rows
+        faults += part.faults
+    for array, name in ((hu, "slices.npy"), (masks, "masks.npy")):
+        array.flush()
+        if len(rows) < most:  # some slices could not be read
+            shorter = np.lib.format.open_memmap(
+                folder / f"{name}.cut", mode="w+", dtype=array.dtype, shape=(len(rows), SIDE_PX, SIDE_PX)
+            )
+            shorter[:] = array[: len(rows)]
+            shorter.flush()
+            os.replace(folder / f"{name}.cut", folder / name)
+    return rows, faults
+
+
+def _write_index(folder: Path, rows: list[dict[str, str]], report: IngestReport, manifest: str) -> None:
+    """index.csv and cache.json; the latter last, as its presence says that the cache is whole."""
+    with open(folder / "index.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    counts = {key: value for key, value in asdict(report).items() if key not in ("faults", "unchanged")}
+    head = {"format": FORMAT_VERSION, "manifest": manifest, "faults": len(report.faults), **counts}
+    (folder / "cache.json").write_text(json.dumps(head, indent=2) + "\n")
+
+
+def _manifest(site: Site) -> str:
+    """Hash of what the cache is made from: files by path, size and time, the role and this reader's settings."""
+    digest = hashlib.sha256()
+    settings = {"format": FORMAT_VERSION, "split": SPLIT_SHARES, "role": site.role, "key": pseudonym(site.key(), "key", "")}
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    files = [*find_files(site.images), *(find_files(site.masks) if site.masks else ()), *([site.labels] if site.labels else ())]
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _current_report(site: Site, manifest: str) -> IngestReport | None:
+    """The report of the cache that is there, if it is whole and made from the same files."""
+    head_file = site.cache / "cache.json"
+    if not head_file.is_file():
+        return None
+    head = json.loads(head_file.read_text())
+    if head.get("format") != FORMAT_VERSION or head.get("manifest") != manifest or head.get("faults"):
+        return None
+    read_cache(site.cache)
+    counts = {key: head[key] for key in ("slices", "patients", "series", "positives", "unlabelled", "masked")}
+    return IngestReport(**counts, faults=(), unchanged=True)
+
+
+def _reasons(faults: tuple[Fault, ...] | list[Fault]) -> str:
+    """The three commonest reasons, for an error's text."""
+    reasons = [fault.reason for fault in faults]
+    common = sorted(set(reasons), key=reasons.count, reverse=True)[:3]
+    return "".join(f"; {reasons.count(reason)}x {reason}" for reason in common)

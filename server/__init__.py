@@ -1,0 +1,1 @@
+"""What runs at the coordinating centre and never sees a pixel of a training hospital; imports shared."""

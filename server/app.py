@@ -1,0 +1,239 @@
+"""Flower ServerApp: the procedure of a run, top to bottom.
+
+Find the hospitals, test the initial model, train round by round, get the heads, test the final model. What hospitals
+send are tensors that their policies release and counts; no slice and no score of a slice arrives here. Testing on
+held-out hospitals comes after (server/evaluate.py), from the folder that this leaves.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from server.aggregate import WeightedSum, fold, mean
+from server.checkpoint import load_checkpoint, restore_optimiser, save_checkpoint, write_tensors
+from server.evaluate import fit_probe, summarise_run
+from server.report import write_report
+from server.runs import append_round, open_run, read_rounds, save_tally, update_summary
+from server.strategy import Member, QuorumError, Roster, RoundResult, build_strategy, gather, receive, train_round
+from shared.config import ConfigError, RunConfig, parse_config
+from shared.metrics import auc
+from shared.model import MultiTaskSwin, load_pretrained
+from shared.scoring import build_model
+from shared.site import read_site
+from shared.slices import read_cache
+from shared.wire import Tensors, UpdateError, from_record, groups_shared, shapes_of, tally_from_record, to_arrays, to_record
+
+app = ServerApp()
+
+HEADS = ("cls", "seg", "rec")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run. Raises what stops it, so that Flower marks the run as failed."""
+    config = parse_config(context.run_config)
+    settings = config.federation
+    if settings.heads == "probe" and not settings.development_site:
+        raise ConfigError("federation.heads is 'probe' and federation.development_site is empty; give a site.yaml")
+    if settings.heads == "ensemble" and settings.share == "all":
+        raise ConfigError("federation.heads is 'ensemble' and federation.share is 'all': the hospitals have one set of heads; use 'average'")
+    run = open_run(config)
+    say(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
+
+    model = build_model(config.model, config.run.seed)
+    if config.model.pretrained:
+        unused = load_pretrained(model, Path(config.model.pretrained))
+        say(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
+    shared = groups_shared(settings.share)
+    arrays = to_arrays(model.state_dict(), shared)
+    strategy = build_strategy(settings)
+    first = 1
+    if config.run.resume:
+        saved = load_checkpoint(run / "checkpoint")
+        arrays, first = from_record(to_record(saved.arrays), shapes_of(arrays)), saved.round_number + 1
+        restore_optimiser(strategy, saved)
+        say(f"resuming after round {saved.round_number}")
+
+    roster = Roster()
+    members = gather(grid, roster, settings)
+    for member in members:
+        say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
+    update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
+    if first == 1:
+        write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
+        save_checkpoint(run / "checkpoint", 0, arrays, strategy)
+        say("testing the initial model")
+        heads = {"average": to_arrays(model.state_dict(), HEADS)}
+        test_seen(grid, members, run, "initial", config, arrays, heads)
+
+    for number in range(first, settings.rounds + 1):
+        members = gather(grid, roster, settings)
+        result = train_round(grid, strategy, members, arrays, number, settings, run.name)
+        arrays = result.arrays
+        save_checkpoint(run / "checkpoint", number, arrays, strategy)
+        line = describe_round(number, result)
+        append_round(run, line)
+        say(round_text(line, settings.rounds))
+
+    say("collecting heads and testing the final model")
+    members = gather(grid, roster, settings)
+    heads = final_heads(grid, members, config, run.name, arrays, model)
+    test_seen(grid, members, run, "final", config, arrays, heads)
+    finish(run, members)
+    say(f"done: {run / 'report.html'}")
+
+
+def final_heads(
+    grid: Grid, members: list[Member], config: RunConfig, run: str, arrays: Tensors, model: MultiTaskSwin
+) -> dict[str, Tensors]:
+    """What the global model uses as heads: name -> tensors; several make an ensemble.
+
+    Raises:
+      UpdateError: with average or ensemble, no hospital releases its heads.
+      QuorumError: fewer of them do than federation.quorum.
+    """
+    settings = config.federation
+    if settings.share == "all":
+        return {"average": {name: value for name, value in arrays.items() if not name.startswith("encoder.")}}
+    if settings.heads == "probe":
+        site = read_site(Path(settings.development_site))
+        if site.role == "held-out":
+            raise ConfigError(f"federation.development_site {site.name!r} has role held-out; expected a site that no result comes from")
+        load = {name: value for name, value in arrays.items()}
+        model.load_state_dict(_tensors(load), strict=False)
+        return {"probe": fit_probe(model, read_cache(site.cache), config)}
+    expected = shapes_of(to_arrays(model.state_dict(), HEADS))
+    order = RecordDict({"config": ConfigRecord({"run": run, "groups": ",".join(HEADS)})})
+    messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
+    released, refused = {}, {}
+    total = WeightedSum({})
+    weights = {m.site: m.weight for m in members}
+    for site, reply in receive(grid, messages, settings.round_timeout_s):
+        try:
+            tensors = from_record(_content(reply)["update"], expected)
+        except UpdateError as error:
+            refused[site] = str(error)
+            say(f"  {site}: no heads: {error}")
+            continue
+        if settings.heads == "ensemble":
+            released[site] = tensors
+        else:
+            total = fold(total, tensors, weights[site])
+            released["average"] = {}
+    given = len(members) - len(refused)
+    if given < settings.quorum:
+        reasons = "".join(f"\n  {site}: {why}" for site, why in refused.items())
+        raise QuorumError(
+            f"heads came from {given} hospitals, federation.quorum is {settings.quorum}; with federation.heads = "
+            f"'probe' none is needed{reasons}"
+        )
+    return released if settings.heads == "ensemble" else {"average": mean(total)}
+
+
+def test_seen(
+    grid: Grid,
+    members: list[Member],
+    run: Path,
+    stage: str,
+    config: RunConfig,
+    arrays: Tensors,
+    heads: dict[str, Tensors],
+) -> None:
+    """Have the training hospitals test a model on their validation and test splits, and keep their counts."""
+    content = RecordDict({"arrays": to_record({n: v for n, v in arrays.items() if n.startswith("encoder.")})})
+    for name, tensors in heads.items():
+        content[f"heads-{name}"] = to_record(tensors)
+        write_tensors(run / "checkpoint" / f"heads-{stage}-{name}.safetensors", tensors, {})
+    for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
+        content["config"] = ConfigRecord({"split": split, "replicates": replicates})
+        messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
+        for site, reply in receive(grid, messages, config.federation.round_timeout_s):
+            try:
+                save_tally(run, stage, part, site, tally_from_record(_content(reply)["tally"], replicates))
+            except UpdateError as error:
+                say(f"  {site}: no counts of its {split} split: {error}")
+
+
+def _content(reply: Message | None) -> RecordDict:
+    """What a reply holds, or why it holds nothing."""
+    if reply is None:
+        raise UpdateError("no reply within federation.round_timeout_s")
+    if reply.has_error():
+        raise UpdateError(reply.error.reason)
+    return reply.content
+
+
+def describe_round(number: int, result: RoundResult) -> dict:
+    """A line of rounds.jsonl."""
+    sites = {}
+    for name, site in result.sites.items():
+        slices = site.metrics.get("slices")
+        losses = {k: site.metrics[k] / slices for k in ("cls", "seg", "rec", "total")} if slices else {}
+        validation = {}
+        if site.tally is not None:
+            area = float(auc(site.tally.counts[0]))
+            validation = {
+                "val_auc_before": None if np.isnan(area) else area,
+                "val_dice_before": float(site.tally.dice_sum[0] / max(site.tally.dice_slices[0], 1)),
+            }
+        seconds = {"seconds": site.metrics["seconds"]} if slices else {}
+        sites[name] = {"weight": site.weight, "bytes_up": site.bytes_up, **seconds, **losses, **validation}
+    return {
+        "round": number,
+        "time": time.time(),
+        "seconds": result.seconds,
+        "bytes_down": result.bytes_down * len(sites),
+        "bytes_up": sum(site.bytes_up for site in result.sites.values()),
+        "sites": sites,
+        "refused": result.refused,
+    }
+
+
+def round_text(line: dict, rounds: int) -> str:
+    """A round in one line for the log."""
+    told = [site for site in line["sites"].values() if "total" in site]
+    text = f"round {line['round']}/{rounds}: {len(line['sites'])} hospitals, {line['seconds']:.1f} s"
+    if told:
+        text += ", loss " + " ".join(f"{k} {np.mean([s[k] for s in told]):.3f}" for k in ("total", "cls", "seg", "rec"))
+    areas = [s["val_auc_before"] for s in told if s.get("val_auc_before") is not None]
+    if areas:
+        text += f", validation AUC before it {np.mean(areas):.3f}"
+    return text + "".join(f"\n  refused {site}: {why}" for site, why in line["refused"].items())
+
+
+def finish(run: Path, members: list[Member]) -> None:
+    """Summary and report of what is known so far: all but the held-out hospitals."""
+    rounds = read_rounds(run)
+    update_summary(
+        run,
+        {
+            "rounds": len(rounds),
+            "sites": {m.site: _public(m) for m in members},
+            "bytes_up_per_round": float(np.mean([line["bytes_up"] for line in rounds])),
+            "seconds_per_round": float(np.mean([line["seconds"] for line in rounds])),
+        },
+    )
+    summarise_run(run)
+    write_report(run)
+
+
+def _public(member: Member) -> dict:
+    """What the summary says of a hospital."""
+    return {"role": member.role, "weight": member.weight, **member.counts}
+
+
+def _tensors(arrays: Tensors) -> dict:
+    """Arrays as tensors."""
+    import torch
+
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+
+def say(line: str) -> None:
+    """A line of the run's log, seen with `flwr log` and `flwr run --stream`."""
+    print(line, flush=True)

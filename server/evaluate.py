@@ -1,0 +1,177 @@
+"""How good the global model is on hospitals that never trained.
+
+In: a finished run's folder and the site.yaml files of held-out hospitals whose caches lie at the server. Out: the
+counts of every site under `evaluation/`, and the completed summary.json. The threshold for F1 comes from the training
+hospitals' validation slices alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from server.checkpoint import FILE, read_tensors
+from server.examples import EXAMPLES, draw_examples
+from server.runs import load_tallies, read_summary, save_tally, update_summary
+from shared.config import RunConfig
+from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
+from shared.model import MultiTaskSwin, autocast
+from shared.scoring import build_model, score_slices
+from shared.site import Site, read_site
+from shared.slices import SliceCache, make_batch, read_cache
+
+STAGES = ("initial", "final")
+PROBE_BATCH = 32
+
+
+class EvaluationError(ValueError):
+    """An evaluation cannot be made; names the site and the next step."""
+
+
+def open_held_out(path: Path) -> tuple[Site, SliceCache]:
+    """A site on which the global model may be tested.
+
+    Raises:
+      EvaluationError: the site's role is not held-out, or it has no slices.
+      SiteError, CacheError: no such site, or it was not ingested.
+    """
+    site = read_site(path)
+    if site.role != "held-out":
+        raise EvaluationError(
+            f"site {site.name!r} has role {site.role!r}, expected 'held-out': a site that trained or was used to choose is "
+            "no test of unseen hospitals"
+        )
+    cache = read_cache(site.cache)
+    if not len(cache.label):
+        raise EvaluationError(f"site {site.name!r}: its cache holds no slice; ingest a folder with head CT")
+    return site, cache
+
+
+def load_model(run: Path, config: RunConfig, stage: str) -> tuple[MultiTaskSwin, list[dict[str, torch.Tensor]]]:
+    """The global model of a run before ("initial") or after ("final") training, and its sets of heads."""
+    model = build_model(config.model, config.run.seed)
+    name = FILE if stage == "final" else "initial.safetensors"
+    tensors, _ = read_tensors(run / "checkpoint" / name)
+    model.load_state_dict(
+        {n: torch.from_numpy(v) for n, v in tensors.items() if not n.startswith("optimiser.")}, strict=False
+    )
+    sets = []
+    for path in sorted((run / "checkpoint").glob(f"heads-{stage}-*.safetensors")):
+        tensors, _ = read_tensors(path)
+        sets.append({n: torch.from_numpy(v) for n, v in tensors.items()})
+    return model, sets
+
+
+def evaluate_site(
+    model: MultiTaskSwin, heads: Sequence[Mapping[str, torch.Tensor]], site: Site, cache: SliceCache, config: RunConfig
+) -> Tally:
+    """Counts of one held-out site, all its slices."""
+    scores = score_slices(model, heads, cache, cache.rows(), config.model, config.train.precision)
+    rng = np.random.default_rng([*site.key()[:8], config.run.seed])
+    return tally_scores(scores, config.evaluation.replicates, rng)
+
+
+def evaluate_unseen(
+    run: Path, config: RunConfig, site_files: Sequence[Path], progress: Callable[[str], None] = lambda line: None
+) -> None:
+    """Test the initial and the final model on held-out sites and complete the run's summary.
+
+    Args:
+      run: folder of a run that has finished training.
+      config: the run's.
+      site_files: site.yaml of each held-out site.
+    Raises:
+      EvaluationError, SiteError, CacheError: a site cannot be used; nothing is written then.
+    """
+    sites = [open_held_out(path) for path in site_files]
+    if len({site.name for site, _ in sites}) != len(sites):
+        raise EvaluationError(f"sites {[site.name for site, _ in sites]}: a name stands twice; expected each site once")
+    for stage in STAGES:
+        model, heads = load_model(run, config, stage)
+        for site, cache in sites:
+            progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
+            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config))
+    draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
+    counts = {site.name: site_counts(cache) | {"role": site.role} for site, cache in sites}
+    update_summary(run, {"sites": read_summary(run).get("sites", {}) | counts})
+    summarise_run(run)
+
+
+def site_counts(cache: SliceCache) -> dict[str, int]:
+    """Patients, slices and positive slices of a site."""
+    return {
+        "patients": len(np.unique(cache.patient)),
+        "slices": len(cache.label),
+        "positives": int(np.nansum(cache.label)),
+    }
+
+
+def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:
+    """A linear classification head fitted on a development site, for federation.heads = "probe".
+
+    Logistic regression on the pooled last stage, standardised, folded into one weight and bias.
+
+    Returns:
+      Tensors cls.weight (1, D) and cls.bias (1,).
+    Raises:
+      EvaluationError: the development site's labels are all alike.
+    """
+    rows = cache.rows()[~np.isnan(cache.label)]
+    labels = cache.label[rows].astype(int)
+    if len(np.unique(labels)) < 2:
+        raise EvaluationError("the development site's labels are all alike; expected slices with and without the marker")
+    features = []
+    model.eval()
+    with torch.no_grad(), autocast(config.train.precision, torch.device("cpu")):
+        for start in range(0, len(rows), PROBE_BATCH):
+            batch = make_batch(cache, rows[start : start + PROBE_BATCH], config.model.windows(), model.shape.image_size)
+            features.append(model.pool(model.encode(batch.image)).float().numpy())
+    scaler, regression = StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
+    make_pipeline(scaler, regression).fit(np.concatenate(features), labels)
+    weight = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight @ scaler.mean_
+    return {"cls.weight": weight.astype(np.float32), "cls.bias": bias.astype(np.float32)}
+
+
+def summarise_run(run: Path) -> None:
+    """Compute every metric from the counts that are there, and put them into summary.json.
+
+    Raises:
+      EvaluationError: no validation counts came from the training hospitals, so there is no threshold.
+    """
+    results = {stage: _summarise_stage(run, stage) for stage in STAGES}
+    update_summary(run, {"evaluation": results["final"], "evaluation_before_training": results["initial"]})
+
+
+def _summarise_stage(run: Path, stage: str) -> dict:
+    """Metrics of one model: seen, unseen, per site."""
+    validation = load_tallies(run, stage, "val")
+    try:
+        threshold = best_threshold(merge_tallies(validation.values()).counts[0])
+    except MetricsError as error:
+        raise EvaluationError(
+            f"no threshold for the {stage} model: validation counts came from {sorted(validation) or 'no site'} ({error}); "
+            "the training hospitals' policies must release metrics, with at least min_patients validation patients"
+        ) from error
+    result: dict = {"threshold_bin": threshold, "per_site": {}}
+    for part in ("seen", "unseen"):
+        tallies = load_tallies(run, stage, part)
+        if not tallies:
+            continue
+        result[part] = _as_dict(merge_tallies(tallies.values()), threshold)
+        for site, tally in tallies.items():
+            result["per_site"][site] = {"part": part, **_as_dict(tally, threshold)}
+    return result
+
+
+def _as_dict(tally: Tally, threshold: int) -> dict:
+    """Estimates as plain numbers."""
+    return {name: asdict(estimate) for name, estimate in summarise(tally, threshold).items()}

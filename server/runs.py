@@ -1,0 +1,109 @@
+"""A run's folder: what it holds, and the only place that reads and writes it.
+
+runs/<run>/ has config.toml (resolved), rounds.jsonl (one line per round), checkpoint/, evaluation/ (counts per site),
+summary.json and report.html. `latest` beside it points at the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+
+from shared.config import RunConfig, parse_config
+from shared.metrics import Tally
+
+
+class RunError(ValueError):
+    """A run's folder cannot be used; names it and the next step."""
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make a new run's folder, or open the one to resume; `latest` points at it from then on.
+
+    Raises:
+      RunError: the folder exists and the run is not to be resumed, or the other way round, or with another config.
+    """
+    root = Path(config.run.folder).absolute()
+    name = config.run.id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash()}"
+    run = root / name
+    if config.run.resume:
+        if not (run / "config.toml").is_file():
+            raise RunError(f"no run {name!r} in {root} to resume; check run.id and run.folder")
+        if read_config(run).hash() != config.hash():
+            raise RunError(f"run {name!r} was made with another config; resume it with the keys of {run / 'config.toml'}")
+    elif run.exists():
+        raise RunError(f"run {name!r} exists in {root}; choose another run.id, or continue it with run.resume = true")
+    (run / "checkpoint").mkdir(parents=True, exist_ok=True)
+    _write(run / "config.toml", tomli_w.dumps(asdict(config)))
+    link = root / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, root / "latest")
+    return run
+
+
+def read_config(run: Path) -> RunConfig:
+    """The config that a run was made with.
+
+    Raises:
+      RunError: the folder is no run.
+    """
+    path = run / "config.toml"
+    if not path.is_file():
+        raise RunError(f"{run} is not a run: it has no config.toml; give a folder such as runs/latest")
+    sections = tomllib.loads(path.read_text())
+    return parse_config({f"{section}.{key}": v for section, keys in sections.items() for key, v in keys.items()})
+
+
+def append_round(run: Path, line: dict) -> None:
+    """Add a round to rounds.jsonl."""
+    with open(run / "rounds.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_rounds(run: Path) -> list[dict]:
+    """All rounds, in order; of a round that was done again after a crash, the last."""
+    path = run / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line for _, line in sorted({line["round"]: line for line in lines}.items())]
+
+
+def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally) -> None:
+    """Keep a site's counts: evaluation/<stage>/<part>/<site>.npz."""
+    path = run / "evaluation" / stage / part / f"{site}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **asdict(tally))
+
+
+def load_tallies(run: Path, stage: str, part: str) -> dict[str, Tally]:
+    """Site -> counts, for stage "initial" or "final" and part "val", "seen" or "unseen"."""
+    tallies = {}
+    for path in sorted((run / "evaluation" / stage / part).glob("*.npz")):
+        with np.load(path) as file:
+            tallies[path.stem] = Tally(file["counts"], file["dice_sum"], file["dice_slices"], int(file["patients"]))
+    return tallies
+
+
+def read_summary(run: Path) -> dict:
+    """The run's summary.json; empty before its first version."""
+    path = run / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def update_summary(run: Path, changes: dict) -> None:
+    """Change keys of summary.json, in one step."""
+    _write(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,278 @@
+"""Round policy: whom to ask, how long to wait, what to refuse, when to stop.
+
+The server optimisers are Flower's own strategies. Around them stands what they lack: replies are checked and folded in
+one by one in the order of site names (so one reply is in memory, and the sum does not depend on who came first), a bad
+reply is refused by the name of its site, and a round below quorum stops the run instead of going on silently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
+
+from server.aggregate import WeightedSum, fold, mean
+from shared.config import FederationSettings
+from shared.metrics import Tally
+from shared.wire import PROTOCOL_VERSION, Tensors, UpdateError, from_record, shapes_of, tally_from_record, to_record
+
+POLL_S = 0.2
+HELLO_TIMEOUT_S = 60.0
+
+
+class QuorumError(RuntimeError):
+    """Too few hospitals for a round; names who is missing or refused, and why."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A hospital that answered 'hello'.
+
+    Attributes:
+      node_id: its Flower node.
+      site, role, weight: as it says of itself; public.
+      counts: patients, slices and positives, as far as its policy lets them out.
+    """
+
+    node_id: int
+    site: str
+    role: str
+    weight: float
+    counts: dict[str, int]
+
+
+@dataclass
+class Roster:
+    """Who is known, and who was turned away and why; grows as nodes come."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def training(self, online: set[int]) -> list[Member]:
+        """Members that train and whose node is connected, in order of their names."""
+        return [m for _, m in sorted(self.members.items()) if m.role == "train" and m.node_id in online]
+
+
+@dataclass(frozen=True)
+class SiteRound:
+    """What one site sent in a round.
+
+    Attributes:
+      weight: of its update.
+      bytes_up: size of its tensors and counts.
+      metrics: loss sums, steps, seconds; empty if withheld.
+      tally: counts of validation scores of the global encoder that the round began with; None if withheld.
+    """
+
+    weight: float
+    bytes_up: int
+    metrics: dict[str, float]
+    tally: Tally | None
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round.
+
+    Attributes:
+      arrays: the new global tensors.
+      sites: per site that was folded in.
+      refused: site -> why its reply was not used.
+      bytes_down: size of the tensors sent to each site.
+      seconds: wall clock.
+    """
+
+    arrays: dict
+    sites: dict[str, SiteRound]
+    refused: dict[str, str]
+    bytes_down: int
+    seconds: float
+
+
+def build_strategy(settings: FederationSettings) -> FedAvg:
+    """Flower's strategy of the run config; it sees the mean of a round as its only reply."""
+    common = {
+        "weighted_by_key": "weight",
+        "min_train_nodes": 1,
+        "min_available_nodes": 1,
+        "train_metrics_aggr_fn": lambda _contents, _key: MetricRecord(),
+    }
+    if settings.strategy == "fedprox":
+        return FedProx(**common, proximal_mu=settings.proximal_mu)
+    if settings.strategy == "fedavgm":
+        return FedAvgM(
+            **common, server_learning_rate=settings.server_learning_rate, server_momentum=settings.server_momentum
+        )
+    if settings.strategy == "fedadam":
+        return FedAdam(**common, eta=settings.server_learning_rate, beta_1=settings.server_momentum)
+    return FedAvg(**common)
+
+
+def greet(grid: Grid, roster: Roster) -> None:
+    """Ask every node that is not yet known who it is; the roster learns the answers."""
+    known = {m.node_id for m in roster.members.values()}
+    new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused]
+    messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
+    for name, reply in receive(grid, messages, HELLO_TIMEOUT_S):
+        node_id = int(name)
+        if reply is None:
+            continue  # asked again before the next round
+        try:
+            member = _read_hello(node_id, reply)
+        except UpdateError as error:
+            roster.refused[node_id] = str(error)
+            continue
+        other = roster.members.get(member.site)
+        if other is not None and other.node_id in set(grid.get_node_ids()):
+            roster.refused[node_id] = f"a second node says that it is site {member.site!r}; expected one node per site"
+            continue
+        roster.members[member.site] = member
+
+
+def _read_hello(node_id: int, reply: Message) -> Member:
+    """The answer to 'hello', checked."""
+    if reply.has_error():
+        raise UpdateError(reply.error.reason)
+    facts = reply.content.get("facts", {})
+    site, role, weight = facts.get("site"), facts.get("role"), facts.get("weight")
+    if facts.get("protocol") != PROTOCOL_VERSION:
+        raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
+    if not isinstance(site, str) or not isinstance(role, str) or not isinstance(weight, float):
+        raise UpdateError("an answer to 'hello' without site, role and weight")
+    if not 0 < weight <= 1e6:
+        raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
+    counts = {str(k): int(v) for k, v in reply.content.get("metrics", {}).items()}
+    return Member(node_id, site, role, weight, counts)
+
+
+def gather(grid: Grid, roster: Roster, settings: FederationSettings) -> list[Member]:
+    """The training hospitals that are connected, waiting up to wait_s for a quorum of them.
+
+    Raises:
+      QuorumError: fewer than federation.quorum.
+    """
+    end = time.monotonic() + settings.wait_s
+    while True:
+        greet(grid, roster)
+        ready = roster.training(set(grid.get_node_ids()))
+        # A run that has just begun waits for stragglers only until the quorum is there and nobody new appears.
+        if len(ready) >= settings.quorum or time.monotonic() >= end:
+            break
+        time.sleep(1.0)
+    if len(ready) < settings.quorum:
+        reasons = "".join(f"\n  node {node}: {why}" for node, why in roster.refused.items())
+        raise QuorumError(
+            f"{len(ready)} training hospitals are connected ({', '.join(m.site for m in ready) or 'none'}), "
+            f"federation.quorum is {settings.quorum}; start more, or lower federation.quorum{reasons}"
+        )
+    return ready
+
+
+def receive(grid: Grid, messages: Mapping[str, Message], timeout_s: float) -> Iterator[tuple[str, Message | None]]:
+    """Send messages, and yield the replies in order of the names, one at a time.
+
+    A reply that came early waits in Flower's SuperLink until it is its turn. After the deadline, what has arrived is
+    still taken.
+
+    Yields:
+      Name and reply; None for a reply that did not come in time.
+    """
+    ids = {name: next(iter(grid.push_messages([messages[name]])), None) for name in sorted(messages)}
+    end = time.monotonic() + timeout_s
+    for name, message_id in ids.items():
+        reply = None
+        while message_id is not None:
+            reply = next(iter(grid.pull_messages([message_id])), None)
+            if reply is not None or time.monotonic() >= end:
+                break
+            time.sleep(POLL_S)
+        yield name, reply
+
+
+def train_round(
+    grid: Grid,
+    strategy: FedAvg,
+    members: list[Member],
+    arrays: Tensors,
+    round_number: int,
+    settings: FederationSettings,
+    run: str,
+) -> RoundResult:
+    """One round: send the global tensors, check and fold in the replies, take the server's step.
+
+    Raises:
+      QuorumError: fewer good replies than federation.quorum.
+    """
+    started = time.perf_counter()
+    record = to_record(arrays)
+    asked = {m.node_id: m for m in members}
+    order = ConfigRecord({"run": run})
+    # Flower's strategy adds its own keys (proximal-mu) and remembers the tensors that it sends.
+    prepared = strategy.configure_train(round_number, record, order, grid)
+    messages = {asked[m.metadata.dst_node_id].site: m for m in prepared if m.metadata.dst_node_id in asked}
+    weights = {m.site: m.weight for m in members}
+    expected = shapes_of(arrays)
+
+    total, sites, refused = WeightedSum({}), {}, {}
+    for name, reply in receive(grid, messages, settings.round_timeout_s):
+        try:
+            site_round, update = _read_update(reply, name, weights[name], expected, settings)
+            total = fold(total, update, weights[name])
+        except UpdateError as error:
+            refused[name] = str(error)
+            continue
+        sites[name] = site_round
+    for member in members:
+        if member.site not in messages:
+            refused[member.site] = "its node went offline before the round began"
+    if len(sites) < settings.quorum:
+        reasons = "".join(f"\n  site {name!r}: {why}" for name, why in sorted(refused.items()))
+        raise QuorumError(
+            f"round {round_number}: {len(sites)} good updates, federation.quorum is {settings.quorum}; the run stops, "
+            f"the last checkpoint is that of round {round_number - 1}{reasons}"
+        )
+    return RoundResult(
+        arrays=_server_step(strategy, round_number, mean(total), expected),
+        sites=sites,
+        refused=refused,
+        bytes_down=record_bytes(record),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _read_update(
+    reply: Message | None, name: str, weight: float, expected: dict, settings: FederationSettings
+) -> tuple[SiteRound, Tensors]:
+    """One reply, checked."""
+    if reply is None:
+        raise UpdateError(f"no reply within federation.round_timeout_s = {settings.round_timeout_s:g} s")
+    if reply.has_error():
+        raise UpdateError(reply.error.reason)
+    content = reply.content
+    if content.get("facts", {}).get("site") != name:
+        raise UpdateError(f"the reply says that it is from site {content.get('facts', {}).get('site')!r}")
+    if "update" not in content:
+        raise UpdateError("a reply without an update")
+    update = from_record(content["update"], expected)
+    metrics = {str(k): float(v) for k, v in content.get("metrics", {}).items()}
+    tally = tally_from_record(content["tally"], 0) if "tally" in content else None
+    sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
+    return SiteRound(weight, sent, metrics, tally), update
+
+
+def _server_step(strategy: FedAvg, round_number: int, average: Tensors, expected: dict) -> dict:
+    """Flower's strategy applied to the mean; float32 whatever it computes in."""
+    content = RecordDict({"arrays": to_record(average), "metrics": MetricRecord({"weight": 1.0})})
+    reply = Message(content, dst_node_id=0, message_type="train")
+    arrays, _ = strategy.aggregate_train(round_number, [reply])
+    stepped = {name: array.numpy().astype("float32") for name, array in arrays.items()}
+    return from_record(to_record(stepped), expected)
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """Size of a record's arrays as they travel."""
+    return sum(len(array.data) for array in record.values())

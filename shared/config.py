@@ -1,0 +1,241 @@
+"""The run config: Flower's flat dictionary in, frozen dataclasses out, nothing unknown accepted.
+
+The defaults stand here once; `[tool.flwr.app.config]` in pyproject.toml lists the same keys because Flower
+refuses to override a key that it does not find there, and a test keeps the two equal. Whoever starts a run
+can change any of it, so nothing here protects a hospital: that is site.yaml's part (client/policy.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """A key or value of the run config is not usable; names it and what was expected."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where results go and what makes the run repeat.
+
+    Attributes:
+      id: name of the run's folder; empty makes one from the date and the config.
+      folder: where run folders are made, on the server.
+      seed: seeds the initial model, the order of slices and the augmentation.
+      resume: continue the run `id` after its last finished round.
+    """
+
+    id: str = ""
+    folder: str = "runs"
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained.
+
+    Attributes:
+      variant: a key of shared.model.VARIANTS.
+      windows_hu: one input channel each, "low:high" in HU, separated by commas.
+      pretrained: safetensors file with timm Swin weights for the initial encoder, on the server; empty for none.
+    """
+
+    variant: str = "default"
+    windows_hu: str = "0:80"
+    pretrained: str = ""
+
+    def windows(self) -> tuple[tuple[float, float], ...]:
+        """The windows as (low, high) in HU."""
+        try:
+            pairs = [tuple(float(edge) for edge in window.split(":")) for window in self.windows_hu.split(",")]
+        except ValueError:
+            pairs = []
+        if not pairs or any(len(pair) != 2 or pair[0] >= pair[1] for pair in pairs):
+            raise ConfigError(
+                f"model.windows_hu is {self.windows_hu!r}; expected 'low:high' in HU with low < high, "
+                "several separated by commas, such as '0:80' or '0:80,-20:180'"
+            )
+        return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the three tasks; the paper's are 0.3, 0.4, 0.4 (arXiv:2505.06185, equation 1)."""
+
+    cls: float = 0.3
+    seg: float = 0.4
+    rec: float = 0.4
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One hospital's part of a round.
+
+    Attributes:
+      epochs: passes over the hospital's training slices in one round.
+      batch: slices per step.
+      learning_rate: at its highest, after the warm-up.
+      weight_decay: AdamW's, on matrices only.
+      warmup: share of the whole federation's training during which the rate rises.
+      clip_norm: largest gradient norm of a step; 0 switches clipping off.
+      augment: random flips, affine changes, intensity, blur and noise.
+      precision: "auto" takes bfloat16 where the machine is faster with it; "bf16" or "fp32" forces one.
+    """
+
+    epochs: int = 2
+    batch: int = 16
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    augment: bool = True
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """How hospitals train together.
+
+    Attributes:
+      rounds: number of rounds.
+      strategy: fedavg, fedprox, fedavgm or fedadam.
+      share: "encoder" sends tensors under `encoder.` only, "all" the heads too.
+      heads: what the global model uses as heads: average, ensemble or probe.
+      quorum: fewest good updates for a round; below it the run stops with an error.
+      wait_s: how long to wait for `quorum` hospitals at the start.
+      round_timeout_s: a hospital that has not answered by then is left out of the round.
+      proximal_mu: FedProx's mu.
+      server_learning_rate: FedAvgM's and FedAdam's step on the server.
+      server_momentum: FedAvgM's momentum, FedAdam's beta 1.
+      development_site: site.yaml of the data on which heads = "probe" is fitted, on the server.
+    """
+
+    rounds: int = 12
+    strategy: str = "fedavg"
+    share: str = "encoder"
+    heads: str = "average"
+    quorum: int = 2
+    wait_s: float = 120.0
+    round_timeout_s: float = 3600.0
+    proximal_mu: float = 0.01
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.9
+    development_site: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Attributes:
+    replicates: bootstrap samples of patients behind each interval.
+    """
+
+    replicates: int = 1000
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """Attributes:
+    hospitals: folder of simulated hospitals; read only by a simulated node, which has no site.yaml of its own.
+    """
+
+    hospitals: str = "hospitals"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.variant": ("default", "tiny", "demo"),
+    "train.precision": ("auto", "bf16", "fp32"),
+    "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),
+    "federation.share": ("encoder", "all"),
+    "federation.heads": ("average", "ensemble", "probe"),
+}
+_LEAST: dict[str, float] = {
+    "train.epochs": 1,
+    "train.batch": 1,
+    "train.weight_decay": 0,
+    "train.warmup": 0,
+    "train.clip_norm": 0,
+    "loss.cls": 0,
+    "loss.seg": 0,
+    "loss.rec": 0,
+    "federation.rounds": 1,
+    "federation.quorum": 1,
+    "federation.wait_s": 0,
+    "federation.proximal_mu": 0,
+    "federation.server_momentum": 0,
+    "evaluation.replicates": 100,
+}
+_ABOVE_ZERO = ("train.learning_rate", "federation.round_timeout_s", "federation.server_learning_rate")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is told."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    simulation: SimulationSettings = field(default_factory=SimulationSettings)
+
+    def flat(self) -> dict[str, Scalar]:
+        """Dotted keys and values, as Flower passes them."""
+        return {f"{section}.{key}": value for section, values in asdict(self).items() for key, value in values.items()}
+
+    def hash(self) -> str:
+        """12 hexadecimal digits of what decides the result: all but names and places of folders."""
+        places = {"run.id", "run.folder", "run.resume", "simulation.hospitals"}
+        decisive = {key: value for key, value in self.flat().items() if key not in places}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def parse_config(flat: dict[str, Any]) -> RunConfig:
+    """Turn Flower's flat run config into a RunConfig.
+
+    Args:
+      flat: dotted key -> value; keys that are missing keep their default.
+    Returns:
+      The config, every value of its declared type and range.
+    Raises:
+      ConfigError: an unknown key (with the closest valid one), a wrong type or a value out of range.
+    """
+    defaults = RunConfig().flat()
+    values = {}
+    for key, value in flat.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown config key {key!r}; did you mean {near!r}? (shared/config.py lists all keys)")
+        values[key] = _checked(key, value, type(defaults[key]))
+    merged = defaults | values
+    sections = {
+        section.name: section.default_factory(
+            **{key.name: merged[f"{section.name}.{key.name}"] for key in fields(section.default_factory)}
+        )
+        for section in fields(RunConfig)
+    }
+    config = RunConfig(**sections)
+    config.model.windows()
+    return config
+
+
+def _checked(key: str, value: Any, expected: type) -> Scalar:
+    """One value, of its type and in its range."""
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected.__name__}")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(_CHOICES[key])}")
+    if key in _LEAST and not value >= _LEAST[key]:
+        raise ConfigError(f"{key} is {value!r}; expected at least {_LEAST[key]:g}")
+    if key in _ABOVE_ZERO and not value > 0:
+        raise ConfigError(f"{key} is {value!r}; expected more than 0")
+    return value

@@ -1,0 +1,190 @@
+"""Metrics as sums that merge: counts of scores in, AUC, F1 and Dice with intervals out.
+
+A hospital never sends scores of single slices. It counts them: how many slices with and without the marker fell
+into each score bin, and the sum of Dice, once for its patients as they are (row 0) and once for each bootstrap
+sample of its patients (rows 1 to R). Counts of several hospitals add up, and the pooled AUC, F1 and Dice follow
+from the sums; averages of averages appear nowhere.
+
+Intervals are percentile bootstraps over patients, drawn within each hospital (Efron and Tibshirani 1993, ch. 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
+
+# Score bins are equal steps of the logit, so that confident scores stay apart; beyond the ends they share a bin.
+LOGIT_LIMIT = 10.0
+BINS = 400
+BIN_EDGES = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, BINS + 1)
+
+
+class MetricsError(ValueError):
+    """Counts that do not belong together."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's output on slices; stays where the slices are.
+
+    Attributes:
+      logit: float (N,), hypodensity.
+      label: float (N,), 1, 0 or NaN for unknown.
+      dice: float (N,), of the predicted hematoma; NaN where there is no mask.
+      patient: str (N,), keyed hash.
+    """
+
+    logit: NDArray[np.float64]
+    label: NDArray[np.float64]
+    dice: NDArray[np.float64]
+    patient: NDArray[np.str_]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts over slices; leaves the hospital when its policy allows metrics.
+
+    Attributes:
+      counts: int64 (R + 1, 2, BINS), slices without and with the marker per score bin; row 0 the patients as they
+        are, rows 1 to R bootstrap samples.
+      dice_sum: float64 (R + 1,), sum of Dice over slices with a mask.
+      dice_slices: int64 (R + 1,), their number.
+      patients: number of patients with a label or a mask.
+    """
+
+    counts: NDArray[np.int64]
+    dice_sum: NDArray[np.float64]
+    dice_slices: NDArray[np.int64]
+    patients: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its 95 % interval; all None where it is not defined (one class only, or no mask)."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n_slices: int
+    n_patients: int
+
+
+def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> Tally:
+    """Count scores, for the patients as they are and for bootstrap samples of them.
+
+    Args:
+      scores: of slices of one hospital.
+      replicates: number R of bootstrap samples; 0 for none.
+      rng: draws them.
+    """
+    patients, owner = np.unique(scores.patient, return_inverse=True)
+    known = ~np.isnan(scores.label)
+    bins = np.clip(np.digitize(scores.logit, BIN_EDGES) - 1, 0, BINS - 1)
+    cell = np.where(known, scores.label, 0).astype(np.int64) * BINS + bins
+    per_patient = np.zeros((len(patients), 2 * BINS))
+    np.add.at(per_patient, (owner[known], cell[known]), 1)
+    masked = ~np.isnan(scores.dice)
+    dice_sum = np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients))
+    dice_slices = np.bincount(owner[masked], minlength=len(patients))
+    # How often each patient is drawn: once in row 0, multinomially in the others.
+    n = len(patients)
+    drawn = np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)] if n else [np.ones((1, 0))])
+    return Tally(
+        counts=np.rint(drawn @ per_patient).astype(np.int64).reshape(-1, 2, BINS),
+        dice_sum=drawn @ dice_sum,
+        dice_slices=np.rint(drawn @ dice_slices).astype(np.int64),
+        patients=len(np.unique(owner[known | masked])),
+    )
+
+
+def merge_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Counts of several hospitals together.
+
+    Raises:
+      MetricsError: none given, or different numbers of bootstrap samples.
+    """
+    parts = list(tallies)
+    if not parts or len({part.counts.shape for part in parts}) != 1:
+        raise MetricsError(
+            f"tallies of shapes {[part.counts.shape for part in parts]} cannot be merged; expected at least one and "
+            "the same evaluation.replicates at every site"
+        )
+    return Tally(
+        counts=sum(part.counts for part in parts),
+        dice_sum=sum(part.dice_sum for part in parts),
+        dice_slices=sum(part.dice_slices for part in parts),
+        patients=sum(part.patients for part in parts),
+    )
+
+
+def auc(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Area under the ROC curve of each (..., 2, BINS) count: the probability that a positive scores higher.
+
+    Equal to sklearn.metrics.roc_auc_score (ties within a bin count half; a test compares them), for all bootstrap
+    samples at once: scikit-learn takes one at a time and 2 ms for each.
+
+    Returns:
+      float64 (...); NaN where there is one class only.
+    """
+    negative, positive = counts[..., 0, :], counts[..., 1, :]
+    lower = negative.cumsum(-1) - negative / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (positive * lower).sum(-1) / (positive.sum(-1) * negative.sum(-1))
+
+
+def f1(counts: NDArray[np.int64], threshold_bin: int) -> NDArray[np.float64]:
+    """F1 of each (..., 2, BINS) count when bins from `threshold_bin` on are called positive.
+
+    Equal to sklearn.metrics.f1_score. Returns float64 (...); NaN without a positive slice.
+    """
+    called = counts[..., threshold_bin:].sum(-1)
+    positives = counts[..., 1, :].sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(positives > 0, 2 * called[..., 1] / (called.sum(-1) + positives), np.nan)
+
+
+def best_threshold(counts: NDArray[np.int64]) -> int:
+    """The bin from which on calling positive gives the best F1; the lowest of equals.
+
+    To be used on validation slices of training hospitals, never on the slices that are then reported.
+
+    Raises:
+      MetricsError: no positive slice, so that no threshold is better than another.
+    """
+    if not counts[1].any():
+        raise MetricsError("no positive validation slice: a threshold cannot be chosen; give the sites more patients")
+    true_positive = counts[1][::-1].cumsum()[::-1]
+    called = counts.sum(axis=0)[::-1].cumsum()[::-1]
+    return int(np.argmax(2 * true_positive / (called + counts[1].sum())))
+
+
+def roc_points(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False and true positive rates of one (2, BINS) count, for a plot."""
+    label, bins = np.nonzero(counts)
+    false_positive, true_positive, _ = roc_curve(label, bins, sample_weight=counts[label, bins])
+    return false_positive, true_positive
+
+
+def summarise(tally: Tally, threshold_bin: int) -> dict[str, Estimate]:
+    """AUC, F1 at a given threshold and mean Dice, each with its 95 % interval over patients."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        dice = tally.dice_sum / tally.dice_slices
+    labelled = int(tally.counts[0].sum())
+    return {
+        "auc": _estimate(auc(tally.counts), labelled, tally.patients),
+        "f1": _estimate(f1(tally.counts, threshold_bin), labelled, tally.patients),
+        "dice": _estimate(dice, int(tally.dice_slices[0]), tally.patients),
+    }
+
+
+def _estimate(values: NDArray[np.float64], slices: int, patients: int) -> Estimate:
+    """Row 0 as the value, percentiles of the defined others as the interval."""
+    value, drawn = float(values[0]), values[1:][~np.isnan(values[1:])]
+    if np.isnan(value) or not len(drawn):
+        return Estimate(None if np.isnan(value) else value, None, None, slices, patients)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), slices, patients)

@@ -1,0 +1,228 @@
+"""The multi-task model: one Swin encoder, a classification head, two Swin decoders.
+
+In: windowed slices, float32 (B, C, Y, X) in [0, 1]. Out: one hypodensity logit, one hematoma logit per
+pixel, one reconstructed slice. The module exists so that exactly one place says what the encoder is:
+every tensor under `encoder.` is the federated part, and everything else stays in the hospital.
+
+Source: MTL-Swin-Unet (Hirata and Okita 2025, arXiv:2505.06185); encoder: Swin Transformer (Liu et al.
+2021, arXiv:2103.14030) as in timm; decoders: Swin-Unet (Cao et al. 2021, arXiv:2105.05537).
+
+Shape suffixes: B batch, C channel, Y row, X column, D feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model cannot be built, or weights do not fit it."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Architecture of one variant; sizes in pixels or tokens, unitless otherwise."""
+
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    channels: int = 96
+    heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    image_size: int = 224
+    patch_size: int = 4
+    window_size: int = 7
+    drop_path: float = 0.1
+    decoder_depth: int = 2
+
+
+# "default" and "tiny" are the two encoders of the paper; "demo" is what two CPU cores train in minutes.
+VARIANTS = {
+    "default": ModelShape(),
+    "tiny": ModelShape(depths=(2, 2, 6, 2)),
+    "demo": ModelShape(channels=32, heads=(1, 2, 4, 8), image_size=96, window_size=6, drop_path=0.0, decoder_depth=1),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One forward pass.
+
+    Attributes:
+      hypodensity: logit per slice, float (B,).
+      hematoma: logit per pixel, float (B, Y, X).
+      reconstruction: slice in the input's windowed units, float (B, C, Y, X).
+    """
+
+    hypodensity: Tensor
+    hematoma: Tensor
+    reconstruction: Tensor
+
+
+class PatchExpand(nn.Module):
+    """Upsample tokens: (B, Y, X, D) -> (B, scale Y, scale X, D_out); Swin-Unet section 3.5."""
+
+    def __init__(self, dim: int, out_dim: int, scale: int):
+        super().__init__()
+        self.scale = scale
+        self.expand = nn.Linear(dim, scale * scale * out_dim, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x_BYXD: Tensor) -> Tensor:
+        B, Y, X, _ = x_BYXD.shape
+        s = self.scale
+        x = self.expand(x_BYXD).view(B, Y, X, s, s, -1)
+        return self.norm(x.permute(0, 1, 3, 2, 4, 5).reshape(B, s * Y, s * X, -1))
+
+
+class Decoder(nn.Module):
+    """Swin-Unet decoder: three times expand, concatenate the encoder's stage, Swin blocks; then x4.
+
+    Args:
+      shape: the encoder's architecture.
+      out_channels: 1 for a hematoma logit, the number of windows for a reconstruction.
+    Source: Cao et al. 2021, figure 1 and sections 3.4, 3.5.
+    """
+
+    def __init__(self, shape: ModelShape, out_channels: int):
+        super().__init__()
+        dims = [shape.channels * 2**stage for stage in range(4)]
+        tokens = shape.image_size // shape.patch_size
+        self.expands = nn.ModuleList()
+        self.fuses = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for stage in (2, 1, 0):
+            side = tokens // 2**stage
+            self.expands.append(PatchExpand(dims[stage + 1], dims[stage], scale=2))
+            self.fuses.append(nn.Linear(2 * dims[stage], dims[stage]))
+            self.stages.append(
+                nn.Sequential(
+                    *[
+                        SwinTransformerBlock(
+                            dim=dims[stage],
+                            input_resolution=(side, side),
+                            num_heads=shape.heads[stage],
+                            window_size=shape.window_size,
+                            shift_size=0 if block % 2 == 0 else shape.window_size // 2,
+                        )
+                        for block in range(shape.decoder_depth)
+                    ]
+                )
+            )
+        self.norm = nn.LayerNorm(dims[0])
+        self.final = PatchExpand(dims[0], dims[0], scale=shape.patch_size)
+        self.output = nn.Linear(dims[0], out_channels)
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        """Decode.
+
+        Args:
+          stages: the encoder's four stages, each (B, Y, X, D), finest first.
+        Returns:
+          float (B, C, Y, X) at the input's resolution.
+        """
+        x_BYXD = stages[3]
+        for expand, fuse, blocks, skip in zip(self.expands, self.fuses, self.stages, stages[2::-1], strict=True):
+            x_BYXD = blocks(fuse(torch.cat([expand(x_BYXD), skip], dim=-1)))
+        return self.output(self.final(self.norm(x_BYXD))).permute(0, 3, 1, 2)
+
+
+class MultiTaskSwin(nn.Module):
+    """Encoder, classification head, segmentation and reconstruction decoder.
+
+    Args:
+      shape: a value of VARIANTS or another architecture.
+      in_channels: number of windows.
+    Input: float (B, C, Y, X) with Y = X = shape.image_size.
+    """
+
+    def __init__(self, shape: ModelShape, in_channels: int = 1):
+        super().__init__()
+        self.shape = shape
+        self.encoder = SwinTransformer(
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            in_chans=in_channels,
+            num_classes=0,
+            global_pool="",
+            embed_dim=shape.channels,
+            depths=shape.depths,
+            num_heads=shape.heads,
+            window_size=shape.window_size,
+            drop_path_rate=shape.drop_path,
+            weight_init="jax",
+        )
+        self.cls = nn.Linear(shape.channels * 8, 1)
+        self.seg = Decoder(shape, out_channels=1)
+        self.rec = Decoder(shape, out_channels=in_channels)
+
+    def forward(self, image_BCYX: Tensor) -> Prediction:
+        """All three tasks from one pass of the encoder."""
+        stages = self.encode(image_BCYX)
+        return Prediction(
+            hypodensity=self.cls(self.pool(stages))[:, 0],
+            hematoma=self.seg(stages)[:, 0],
+            reconstruction=self.rec(stages),
+        )
+
+    def encode(self, image_BCYX: Tensor) -> list[Tensor]:
+        """The encoder's four stages, (B, Y, X, D) each, finest first, before the final norm."""
+        x_BYXD = self.encoder.patch_embed(image_BCYX)
+        stages = []
+        for layer in self.encoder.layers:
+            x_BYXD = layer(x_BYXD)
+            stages.append(x_BYXD)
+        return stages
+
+    def pool(self, stages: list[Tensor]) -> Tensor:
+        """What the classification head sees: the normalised last stage, averaged over tokens; (B, D)."""
+        return self.encoder.norm(stages[-1]).mean((1, 2))
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The precision of matrix products.
+
+    Args:
+      precision: "auto" is bfloat16 where the machine computes with it, float32 elsewhere; "bf16" and "fp32" force one.
+      device: where the model is.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and fast))
+
+
+def load_pretrained(model: MultiTaskSwin, path: Path) -> list[str]:
+    """Put timm Swin weights from a file into the encoder.
+
+    Args:
+      model: changed in place.
+      path: safetensors file of a timm Swin; nothing is downloaded. Weights for three colour channels are summed over
+        the channels for a model with one, as timm does.
+    Returns:
+      Names of the file's tensors that the encoder has no place for (its classifier).
+    Raises:
+      ModelError: no such file, or an encoder tensor is missing or of another shape.
+    """
+    if not path.is_file():
+        raise ModelError(f"model.pretrained is {str(path)!r}, and there is no such file on the server; correct the path")
+    weights = load_file(path)
+    own = model.encoder.state_dict()
+    projection = "patch_embed.proj.weight"
+    if projection in weights and weights[projection].shape[1] != own[projection].shape[1]:
+        weights[projection] = adapt_input_conv(own[projection].shape[1], weights[projection])
+    misfits = [n for n in own if n not in weights or weights[n].shape != own[n].shape]
+    if misfits:
+        name = misfits[0]
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        raise ModelError(
+            f"{path}: {len(misfits)} encoder tensors do not fit, first {name}: {found}, expected {tuple(own[name].shape)}; "
+            "choose the model.variant that the weights were made with"
+        )
+    model.encoder.load_state_dict({name: weights[name] for name in own})
+    return sorted(weights.keys() - own.keys())

@@ -1,0 +1,84 @@
+"""A model's scores on slices: one way for the hospital that tests its own and the server that tests held-out sites.
+
+In: encoder with one set of heads, or several (an ensemble). Out: Scores, which stay where the slices are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.config import ModelSettings
+from shared.metrics import Scores
+from shared.model import VARIANTS, MultiTaskSwin, autocast
+from shared.slices import SliceCache, make_batch
+
+BATCH = 32
+DICE_SMOOTHING_PX = 1.0  # an empty mask met by an empty prediction scores 1
+_LEAST_PROBABILITY = 1e-6
+
+State = Mapping[str, Tensor]
+
+
+def build_model(settings: ModelSettings, seed: int) -> MultiTaskSwin:
+    """The run's model with its initial weights; the same seed gives the same weights at every site."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MultiTaskSwin(VARIANTS[settings.variant], in_channels=len(settings.windows()))
+
+
+@torch.no_grad()
+def score_slices(
+    model: MultiTaskSwin,
+    heads: Sequence[State],
+    cache: SliceCache,
+    rows: NDArray[np.int64],
+    settings: ModelSettings,
+    precision: str,
+) -> Scores:
+    """Run a model over slices.
+
+    Args:
+      model: holds the encoder; its heads are replaced by each of `heads` in turn.
+      heads: one set of head tensors for a single model, several for an ensemble; empty keeps the model's own.
+      cache, rows: the slices.
+      settings: windows.
+      precision: as in the run config.
+    Returns:
+      Scores; with several heads the probabilities are averaged, of the marker and of each pixel of the hematoma.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    sets = list(heads) or [{}]
+    logits, dices = [], []
+    for start in range(0, len(rows), BATCH):
+        batch = make_batch(cache, rows[start : start + BATCH], settings.windows(), model.shape.image_size).to(device)
+        with autocast(precision, device):
+            stages = model.encode(batch.image)
+        probability = torch.zeros(len(batch.label), device=device)
+        hematoma_BYX = torch.zeros_like(batch.mask)
+        for state in sets:
+            model.load_state_dict(state, strict=False)
+            with autocast(precision, device):
+                marker, region_BYX = model.cls(model.pool(stages))[:, 0], model.seg(stages)[:, 0]
+            probability += marker.float().sigmoid() / len(sets)
+            hematoma_BYX += region_BYX.float().sigmoid() / len(sets)
+        logits.append(probability.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY).logit())
+        dices.append(torch.where(batch.has_mask, dice_score(hematoma_BYX > 0.5, batch.mask), torch.nan))
+    return Scores(
+        logit=torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0),
+        label=cache.label[rows].astype(np.float64),
+        dice=torch.cat(dices).double().cpu().numpy() if dices else np.zeros(0),
+        patient=cache.patient[rows],
+    )
+
+
+def dice_score(predicted_BYX: Tensor, mask_BYX: Tensor) -> Tensor:
+    """Dice of a thresholded prediction per slice, in [0, 1]; (B,). Source: Dice 1945."""
+    predicted = predicted_BYX.float()
+    overlap, total = (predicted * mask_BYX).sum((1, 2)), predicted.sum((1, 2)) + mask_BYX.sum((1, 2))
+    return (2 * overlap + DICE_SMOOTHING_PX) / (total + DICE_SMOOTHING_PX)

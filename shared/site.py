@@ -1,0 +1,177 @@
+"""site.yaml: what a hospital says about itself, its data and its own policy.
+
+The file belongs to the hospital; no run config and no message changes it. Paths are absolute or relative to the
+file. Unknown keys and wrong types are errors, because a misspelt policy would be no policy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROLES = ("train", "held-out", "development")
+TENSOR_GROUPS = ("encoder", "cls", "seg", "rec")
+
+
+class SiteError(ValueError):
+    """A site.yaml cannot be used; names the key, the value and what was expected."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may leave the hospital.
+
+    Attributes:
+      release: tensor groups, of TENSOR_GROUPS.
+      metrics: whether counts and losses may leave.
+      min_patients: no number leaves that stands for fewer patients.
+    """
+
+    release: tuple[str, ...] = ("encoder",)
+    metrics: bool = True
+    min_patients: int = 10
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital.
+
+    Attributes:
+      name: public name; it is in every message.
+      role: train takes part in training; held-out is tested on, all of it; development may be used by the server
+        to fit and choose, never to report.
+      weight: public weight in the mean of updates, > 0; it need not tell how many patients there are.
+      images, masks, labels: DICOM folder, mask folder and label table; masks and labels may be None.
+      cache: slice cache, written by ingest, safe to delete.
+      state: keys and local heads; not safe to delete while a run goes on.
+      policy: what may leave.
+    """
+
+    name: str
+    role: str
+    weight: float
+    images: Path
+    masks: Path | None
+    labels: Path | None
+    cache: Path
+    state: Path
+    policy: Policy = field(default_factory=Policy)
+
+    def key(self) -> bytes:
+        """The hospital's secret of 32 bytes, made at first use; patients' hashes depend on it. Never leaves."""
+        path = self.state / "key"
+        if not path.is_file():
+            self.state.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.touch(mode=0o600)
+            partial.write_bytes(secrets.token_bytes(32))
+            try:
+                os.link(partial, path)  # fails if another process was first, and then its key counts
+            except FileExistsError:
+                pass
+            finally:
+                partial.unlink()
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise SiteError(f"site {self.name!r}: {path} has {len(key)} bytes, expected 32; restore it from a backup")
+        return key
+
+
+def read_site(path: Path) -> Site:
+    """Read and check a site.yaml.
+
+    Args:
+      path: the YAML file.
+    Raises:
+      SiteError: no such file, not YAML, an unknown or missing key, a wrong value, or a folder that does not exist.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see README, 'Join')")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SiteError(f"{path} is not YAML: {error}") from error
+    top = _section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
+    data = _section(path, "data.", top["data"], {"images", "masks", "labels"}, {"images"})
+    rules = _section(path, "policy.", top.get("policy") or {}, {"release", "metrics", "min_patients"}, set())
+
+    def place(key: str, value: Any) -> Path:
+        return (path.parent / _typed(path, key, value, str)).resolve()
+
+    site = Site(
+        name=_name(path, top["site"]),
+        role=_typed(path, "role", top.get("role", "train"), str),
+        weight=float(_typed(path, "weight", top.get("weight", 1.0), (int, float))),
+        images=place("data.images", data["images"]),
+        masks=place("data.masks", data["masks"]) if data.get("masks") else None,
+        labels=place("data.labels", data["labels"]) if data.get("labels") else None,
+        cache=place("cache", top.get("cache", "cache")),
+        state=place("state", top.get("state", "state")),
+        policy=_policy(path, rules),
+    )
+    if site.role not in ROLES:
+        raise SiteError(f"{path}: role is {site.role!r}, expected one of {', '.join(ROLES)}")
+    if not 0 < site.weight <= 1e6:
+        raise SiteError(f"{path}: weight is {site.weight!r}, expected more than 0 and at most 1e6")
+    for key, folder in (("data.images", site.images), ("data.masks", site.masks)):
+        if folder is not None and not folder.is_dir():
+            raise SiteError(f"{path}: {key} is {folder}, and there is no such folder; correct the path or mount it")
+    if site.labels is not None and not site.labels.is_file():
+        raise SiteError(f"{path}: data.labels is {site.labels}, and there is no such file; correct the path")
+    return site
+
+
+def _section(path: Path, prefix: str, content: Any, known: set[str], needed: set[str]) -> Mapping[str, Any]:
+    """A mapping with known keys only and all needed ones."""
+    if not isinstance(content, Mapping):
+        raise SiteError(f"{path}: {prefix.rstrip('.') or 'the file'} is {content!r}, expected a mapping of keys")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
+            raise SiteError(f"{path}: unknown key '{prefix}{key}'; did you mean '{prefix}{near}'?")
+    for key in sorted(needed):
+        if content.get(key) is None:
+            raise SiteError(f"{path}: '{prefix}{key}' is missing; expected keys: {', '.join(sorted(known))}")
+    return content
+
+
+def _typed(path: Path, key: str, value: Any, expected: type | tuple[type, ...]) -> Any:
+    """A value of one type; True is no number."""
+    wanted = expected if isinstance(expected, tuple) else (expected,)
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in wanted):
+        names = " or ".join(kind.__name__ for kind in wanted)
+        raise SiteError(f"{path}: '{key}' is {value!r} ({type(value).__name__}), expected {names}")
+    return value
+
+
+def _name(path: Path, value: Any) -> str:
+    """A site's public name: it stands in messages, tables and file names."""
+    name = _typed(path, "site", value, str)
+    if not (0 < len(name) <= 64 and name[0].isalnum() and all(c.isalnum() or c in "-_." for c in name)):
+        raise SiteError(f"{path}: site is {name!r}, expected up to 64 letters, digits, '-', '_' or '.'")
+    return name
+
+
+def _policy(path: Path, rules: Mapping[str, Any]) -> Policy:
+    """The policy section."""
+    default = Policy()
+    release = _typed(path, "policy.release", rules.get("release", list(default.release)), list)
+    unknown = [group for group in release if group not in TENSOR_GROUPS]
+    if unknown:
+        raise SiteError(f"{path}: policy.release names {unknown}, expected some of {', '.join(TENSOR_GROUPS)}")
+    min_patients = _typed(path, "policy.min_patients", rules.get("min_patients", default.min_patients), int)
+    if min_patients < 1:
+        raise SiteError(f"{path}: policy.min_patients is {min_patients}, expected at least 1")
+    return Policy(
+        release=tuple(release),
+        metrics=_typed(path, "policy.metrics", rules.get("metrics", default.metrics), bool),
+        min_patients=min_patients,
+    )

@@ -1,0 +1,130 @@
+"""Tensors and counts to Flower records and back, checked.
+
+Everything that crosses a hospital's boundary as numbers passes here: global tensors on the way in, updates and
+tallies on the way out. Names, shapes, dtypes and finite values are checked on arrival, on both sides, because
+Flower itself accepts NaN and broadcasts a wrong shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.metrics import BINS, Tally
+
+PROTOCOL_VERSION = 1
+
+Tensors = Mapping[str, NDArray[np.float32]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class UpdateError(ValueError):
+    """A record's tensors are not what was expected; names the tensor, never a value of a patient."""
+
+
+def group(name: str) -> str:
+    """The part of the model that a tensor belongs to: encoder, cls, seg or rec."""
+    return name.split(".", 1)[0]
+
+
+def to_arrays(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
+    """The tensors of some groups as float32 arrays on the CPU, in sorted order of their names."""
+    return {name: state[name].detach().cpu().float().numpy() for name in sorted(state) if group(name) in groups}
+
+
+def to_record(arrays: Tensors) -> ArrayRecord:
+    """float32 arrays as a Flower record. On the client's side this is what leaves the hospital."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(value, dtype=np.float32)) for name, value in arrays.items()})
+
+
+def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.float32]]:
+    """A Flower record as arrays.
+
+    Args:
+      record: as received.
+      expected: name -> shape of every tensor that must be there, and no other.
+    Raises:
+      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite.
+    """
+    missing, extra = expected.keys() - record.keys(), record.keys() - expected.keys()
+    if missing or extra:
+        raise UpdateError(
+            f"{len(missing)} tensors missing {_some(missing)}, {len(extra)} unexpected {_some(extra)}; "
+            f"expected the {len(expected)} tensors of the run's model variant and federation.share"
+        )
+    arrays = {}
+    for name, shape in expected.items():
+        declared = record[name]
+        if tuple(declared.shape) != tuple(shape) or declared.dtype != "float32":
+            raise UpdateError(
+                f"tensor {name}: {declared.dtype} {tuple(declared.shape)}, expected float32 {tuple(shape)}"
+            )
+        value = declared.numpy()  # numpy.load without pickle
+        if value.shape != tuple(shape) or value.dtype != np.float32:  # the header lied
+            raise UpdateError(f"tensor {name}: {value.dtype} {value.shape}, expected float32 {tuple(shape)}")
+        if not np.isfinite(value).all():
+            raise UpdateError(f"tensor {name}: {np.count_nonzero(~np.isfinite(value))} values are not finite")
+        arrays[name] = value
+    return arrays
+
+
+def _some(names: set[str]) -> str:
+    """The first three names, sorted."""
+    return "(" + ", ".join(sorted(names)[:3]) + ("…)" if len(names) > 3 else ")")
+
+
+def shapes_of(arrays: Tensors) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(value.shape) for name, value in arrays.items()}
+
+
+def tally_to_record(tally: Tally) -> ArrayRecord:
+    """Counts as a Flower record; they leave the hospital."""
+    return ArrayRecord(
+        {
+            "counts": Array(tally.counts.astype(np.int32)),
+            "dice_sum": Array(tally.dice_sum.astype(np.float64)),
+            "dice_slices": Array(tally.dice_slices.astype(np.int32)),
+            "patients": Array(np.array([tally.patients], dtype=np.int32)),
+        }
+    )
+
+
+def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
+    """Counts from a Flower record.
+
+    Raises:
+      UpdateError: an array is missing, of another shape or dtype, negative or not finite.
+    """
+    rows = replicates + 1
+    expected = {
+        "counts": ("int32", (rows, 2, BINS)),
+        "dice_sum": ("float64", (rows,)),
+        "dice_slices": ("int32", (rows,)),
+        "patients": ("int32", (1,)),
+    }
+    if record.keys() != expected.keys():
+        raise UpdateError(f"tally has arrays {sorted(record.keys())}, expected {sorted(expected)}")
+    values = {}
+    for name, (dtype, shape) in expected.items():
+        value = record[name].numpy()
+        if value.shape != shape or value.dtype != dtype:
+            raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {dtype} {shape}")
+        if not np.isfinite(value).all() or (value < 0).any():
+            raise UpdateError(f"tally {name}: expected finite values of at least 0")
+        values[name] = value
+    return Tally(
+        counts=values["counts"].astype(np.int64),
+        dice_sum=values["dice_sum"],
+        dice_slices=values["dice_slices"].astype(np.int64),
+        patients=int(values["patients"][0]),
+    )
+
+
+def groups_shared(share: str) -> tuple[str, ...]:
+    """Tensor groups that travel in a round, for federation.share "encoder" or "all"."""
+    return ("encoder",) if share == "encoder" else ("encoder", "cls", "seg", "rec")

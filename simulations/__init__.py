@@ -1,0 +1,1 @@
+"""Synthetic hospitals and the whole story in one command; may import all."""

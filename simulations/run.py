@@ -1,0 +1,122 @@
+"""hemafed-sim: the whole story in one command.
+
+Write the hospitals, ingest them, train through Flower, test on hospitals that never trained, print the table. Each step
+reuses what is there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from client.ingest import IngestError, ingest
+from server.cli import ERRORS, result_table
+from server.evaluate import evaluate_unseen
+from server.report import write_report
+from server.runs import read_config, read_summary
+from shared.config import ConfigError, parse_config
+from shared.site import SiteError, read_site
+from simulations.sites import HOSPITALS, write_hospitals
+from simulations.superlink import SimulationError, run_app, start_superlink
+
+ROOT = Path(__file__).resolve().parent.parent
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Synthetic hospitals and studies on them.")
+console = Console()
+
+Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are written")]
+Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]
+
+
+@app.command()
+def sites(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> list[Path]:
+    """Write the eleven hospitals as DICOM and ingest them, unless they are there."""
+    with _progress() as bar:
+        tasks = {h.name: bar.add_task(f"write {h.name}", total=h.patients) for h in HOSPITALS}
+        files = write_hospitals(
+            hospitals.absolute(), seed, progress=lambda name, done, total: bar.update(tasks[name], completed=done)
+        )
+    with _progress() as bar:
+        for file in files:
+            task = bar.add_task(f"ingest {file.parent.name}", total=1)
+            report = ingest(read_site(file), progress=lambda done, total: bar.update(task, completed=done, total=total))  # noqa: B023
+            bar.update(task, completed=report.series, total=report.series)
+            for fault in report.faults:
+                console.print(f"{file.parent.name}: left out: {fault.reason}", style="red", markup=False)
+    return files
+
+
+@app.command()
+def run(
+    hospitals: Folder = Path("hospitals"),
+    runs: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
+    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT / "simulations" / "demo.toml",
+    keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Hospitals, ingest, federation, evaluation, report."""
+    try:
+        config = _run_config(preset, keys or [], hospitals, runs)
+        files = sites(hospitals, seed)
+        opened = [read_site(file) for file in files]
+        supernodes = sum(site.role == "train" for site in opened)
+        home = ROOT / ".flwr"
+        home.mkdir(exist_ok=True)
+        chosen = home / "run-config.toml"
+        chosen.write_text(tomli_w.dumps(config))
+        console.rule(f"federation of {supernodes} hospitals")
+        with start_superlink(home) as link:
+            run_app(link, ROOT, chosen, supernodes)
+        console.rule("evaluation on hospitals that never trained")
+        folder = (runs / "latest").resolve()
+        held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
+        evaluate_unseen(folder, read_config(folder), held_out, lambda line: console.print(line, highlight=False))
+        page = write_report(folder)
+    except (SimulationError, IngestError, *ERRORS) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(result_table(read_summary(folder)))
+    console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
+
+
+def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> dict:
+    """The preset with the caller's keys and absolute folders, checked before anything slow starts.
+
+    Raises:
+      ConfigError: an unknown key or a wrong value.
+    """
+    try:
+        config = tomllib.loads(preset.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"preset {preset} cannot be read ({error}); give a TOML file such as simulations/demo.toml") from error
+    for key in keys:
+        try:
+            part = tomllib.loads(key)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"--set {key!r} is not TOML ({error}); expected such as --set train.batch=8") from error
+        for section, values in part.items():
+            if not isinstance(values, dict):
+                raise ConfigError(f"--set {key!r}: expected section.key=value, such as train.batch=8")
+            config[section] = config.get(section, {}) | values
+    config["run"] = {"folder": str(runs.absolute()), **config.get("run", {})}
+    config["simulation"] = {"hospitals": str(hospitals.absolute()), **config.get("simulation", {})}
+    parse_config({f"{section}.{key}": value for section, values in config.items() for key, value in values.items()})
+    return config
+
+
+def _progress() -> Progress:
+    """Progress bars that also speak where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(app())

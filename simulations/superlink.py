@@ -1,0 +1,167 @@
+"""A SuperLink of one's own for one simulation.
+
+`flwr run` would start a SuperLink that stays, keeps the directory and environment of whoever came first, runs client code
+from that directory, and exits 0 when a run fails. This one lives in its own folder and process group, ends with the
+`with` block, and `run_app` tells whether the run really finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+CONNECTION = "simulation"
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+
+
+class SimulationError(RuntimeError):
+    """A simulation did not start or did not finish; the text ends with the cause."""
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink.
+
+    Attributes:
+      home: its FLWR_HOME, with its log.
+      environment: for `flwr` commands that talk to it.
+    """
+
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def log(self) -> Path:
+        """Everything that the SuperLink, the ServerApp and the clients wrote."""
+        return self.home / "superlink.log"
+
+
+@contextmanager
+def start_superlink(home: Path) -> Iterator[SuperLink]:
+    """Start a SuperLink for simulations on loopback, and end it and all its children with the block.
+
+    Args:
+      home: folder for its config, log and app bundles; made if missing.
+    Raises:
+      SimulationError: it did not come up.
+    """
+    neutral = home / "empty"  # Ray workers import client code from the SuperLink's directory first: there is none
+    neutral.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    environment.pop("PYTHONPATH", None)
+    link = SuperLink(home, environment)
+    command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    with open(link.log, "w") as log:
+        process = subprocess.Popen(
+            [*command, "--disable-runtime-dependency-installation"],
+            cwd=neutral,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(process, port, link)
+        yield link
+    finally:
+        _stop(process)
+
+
+def _wait_until_up(process: subprocess.Popen, port: int, link: SuperLink) -> None:
+    """Return when the SuperLink answers."""
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise SimulationError(f"flower-superlink did not come up (exit status {process.poll()}):\n{tail(link.log)}")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End the SuperLink and every process of its session: superexec, ServerApp, Ray."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signal_number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            continue
+        if signal_number == signal.SIGTERM:
+            time.sleep(0.5)  # children that shut down by themselves
+    process.wait()
+
+
+def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, cpus: int = 1) -> int:
+    """`flwr run` on a SuperLink, its log on our output, until it ends.
+
+    Args:
+      link: where.
+      project: folder with pyproject.toml.
+      run_config: TOML file with keys that differ from the defaults.
+      supernodes: simulated hospitals.
+      cpus: cores for each that trains at a time.
+    Returns:
+      Flower's run id.
+    Raises:
+      SimulationError: the run did not finish; the text ends with the log's last lines.
+    """
+    flwr = str(Path(sys.executable).parent / "flwr")
+    federation = f"num-supernodes={supernodes} client-resources-num-cpus={cpus}"
+    command = [flwr, "run", str(project), CONNECTION, "--stream", "--run-config", str(run_config)]
+    done = subprocess.run([*command, "--federation-config", federation], env=link.environment, check=False)
+    # The exit status says nothing about the run (it is 0 for a failed one); the list of runs does.
+    listed = subprocess.run(
+        [flwr, "ls", CONNECTION, "--limit", "1", "--format", "json"],
+        env=link.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        run = json.loads(listed.stdout)["runs"][0]
+    except (json.JSONDecodeError, KeyError, IndexError) as error:
+        raise SimulationError(f"'flwr run' started no run (exit status {done.returncode}):\n{tail(link.log)}") from error
+    if run["status"] != "finished:completed":
+        raise SimulationError(
+            f"Flower run {run['run-id']} is {run['status']} ({run.get('status-details') or 'no details'}):\n{tail(link.log)}"
+        )
+    return int(run["run-id"])
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    """The last lines of a log, from the last traceback on if there is one."""
+    text = log.read_text(errors="replace").splitlines()
+    starts = [number for number, line in enumerate(text) if "Traceback (most recent call last)" in line]
+    chosen = text[starts[-1] :] if starts else text
+    return "\n".join(chosen[-lines:])
