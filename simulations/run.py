@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tomli_w
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from client.ingest import IngestError, ingest
 from server.cli import ERRORS, result_table
@@ -38,15 +39,21 @@ Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]
 def sites(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> list[Path]:
     """Write the eleven hospitals as DICOM and ingest them, unless they are there."""
     with _progress() as bar:
-        tasks = {h.name: bar.add_task(f"write {h.name}", total=h.patients) for h in HOSPITALS}
-        files = write_hospitals(
-            hospitals.absolute(), seed, progress=lambda name, done, total: bar.update(tasks[name], completed=done)
-        )
-    with _progress() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+            if done == total and not console.is_terminal:  # a log file gets lines instead of bars
+                console.print(f"{what}: {done} of {total}", highlight=False)
+
+        files = write_hospitals(hospitals.absolute(), seed, progress=lambda name, *count: show(f"write {name}", *count))
         for file in files:
-            task = bar.add_task(f"ingest {file.parent.name}", total=1)
-            report = ingest(read_site(file), progress=lambda done, total: bar.update(task, completed=done, total=total))  # noqa: B023
-            bar.update(task, completed=report.series, total=report.series)
+            label = f"ingest {file.parent.name}"
+            report = ingest(read_site(file), progress=partial(show, label))
+            if report.unchanged:
+                show(label, report.series, report.series)
             for fault in report.faults:
                 console.print(f"{file.parent.name}: left out: {fault.reason}", style="red", markup=False)
     return files
@@ -111,10 +118,9 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
 
 
 def _progress() -> Progress:
-    """Progress bars that also speak where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
+    """Progress bars, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def main() -> None:

@@ -298,6 +298,11 @@ def segmentation(images: list[Dataset], masks_NYX: np.ndarray, hospital: Hospita
         pixel_array=masks_NYX.astype(np.uint8),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[description],
+        pixel_measures=highdicom.PixelMeasuresSequence(
+            pixel_spacing=[float(v) for v in images[0].PixelSpacing],
+            slice_thickness=hospital.scanner.thickness_mm,
+            spacing_between_slices=hospital.scanner.spacing_mm,
+        ),
         series_instance_uid=uid(seed, hospital.name, number, "seg-series"),
         series_number=100,
         sop_instance_uid=uid(seed, hospital.name, number, "seg"),

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from shared.config import ConfigError, RunConfig, parse_config
+from shared.model import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def flatten(table: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def test_flower_sees_exactly_the_defaults() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert flatten(table) == RunConfig().flat()
+
+
+def test_every_preset_key_is_known() -> None:
+    preset = flatten(tomllib.loads((ROOT / "simulations" / "demo.toml").read_text()))
+    assert parse_config(preset).flat().items() >= preset.items()
+
+
+def test_variants_that_can_be_chosen_exist() -> None:
+    for variant in VARIANTS:
+        assert parse_config({"model.variant": variant}).model.variant == variant
+
+
+def test_a_whole_number_is_a_float_where_one_is_expected() -> None:
+    value = parse_config({"train.learning_rate": 1}).train.learning_rate
+    assert (value, type(value)) == (1.0, float)
+
+
+def test_the_hash_ignores_places_and_nothing_else() -> None:
+    assert parse_config({"run.folder": "/x", "run.id": "a"}).hash() == RunConfig().hash()
+    assert parse_config({"run.seed": 1}).hash() != RunConfig().hash()
+
+
+@pytest.mark.parametrize(
+    ("flat", "text"),
+    [
+        ({"train.epoch": 3}, "did you mean 'train.epochs'"),
+        ({"train.epochs": 0}, "at least 1"),
+        ({"train.epochs": 1.5}, "expected int"),
+        ({"train.epochs": True}, "expected int"),
+        ({"train.learning_rate": 0.0}, "more than 0"),
+        ({"train.learning_rate": float("nan")}, "more than 0"),
+        ({"federation.heads": "mean"}, "average, ensemble, probe"),
+        ({"model.windows_hu": "80:0"}, "low < high"),
+        ({"model.windows_hu": "brain"}, "low < high"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(flat: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        parse_config(flat)
+    assert next(iter(flat)) in str(caught.value)
+
+
+def test_several_windows() -> None:
+    assert parse_config({"model.windows_hu": "0:80,-20:180"}).model.windows() == ((0, 80), (-20, 180))
