@@ -116,7 +116,7 @@ def train(message: Message, context: Context) -> Message:
         raise TrainError(f"site {site.name!r} has role {site.role!r} and does not train; only role 'train' does")
     order = message.content["config"]
     round_number, run = int(order["server-round"]), _run_name(order["run"])
-    model, optimiser, state = _local_model(site, config, run)
+    model, optimiser, state = _local_model(site, config, run, before=round_number)
     _load_shared(model, message.content["arrays"], config)
 
     # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
@@ -199,13 +199,15 @@ def _run_name(value: object) -> str:
     return value
 
 
-def _local_model(site: Site, config: RunConfig, run: str) -> tuple[MultiTaskSwin, torch.optim.AdamW, LocalState]:
-    """The model with this hospital's heads and optimiser as the last round left them."""
+def _local_model(
+    site: Site, config: RunConfig, run: str, before: int | None = None
+) -> tuple[MultiTaskSwin, torch.optim.AdamW, LocalState]:
+    """The model with this hospital's heads and optimiser as the last round, before a given one, left them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, config.run.seed).to(device)
     optimiser = build_optimiser(model, config)
-    state = LocalState(site.state / "runs" / f"{run}.pt")
-    state.restore(model, optimiser)
+    state = LocalState(site.state / "runs" / run)
+    state.restore(model, optimiser, before)
     return model, optimiser, state
 
 

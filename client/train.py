@@ -155,34 +155,45 @@ def proximal_term(model: nn.Module, anchor: dict[str, Tensor], mu: float) -> Ten
 class LocalState:
     """A run's heads and optimiser state on the hospital's disk; nothing of it leaves.
 
-    One file, replaced in one step, so a crash leaves the last whole round. Flower's context state would lose it on
-    a restart of the node and silently above 400 MB.
+    One file per round, written beside its place and moved there in one step; the last two are kept, so that a round
+    which the server asks for again, after a crash, begins where it began. Flower's context state would lose all this on
+    a restart of the node, and silently above 400 MB.
 
     Attributes:
-      path: file of one run in the site's state folder.
+      folder: of one run, in the site's state folder.
     """
 
-    path: Path
+    folder: Path
 
     def save(self, model: MultiTaskSwin, optimiser: torch.optim.Optimizer, round_number: int) -> None:
         """Write heads and optimiser state after `round_number`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.")}
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        torch.save({"round": round_number, "heads": heads, "optimiser": optimiser.state_dict()}, partial)
-        os.replace(partial, self.path)
+        partial = self.folder / f"{os.getpid()}.partial"
+        torch.save({"heads": heads, "optimiser": optimiser.state_dict()}, partial)
+        os.replace(partial, self._path(round_number))
+        for number in self._rounds():
+            if not round_number - 1 <= number <= round_number:
+                self._path(number).unlink()
 
-    def restore(self, model: MultiTaskSwin, optimiser: torch.optim.Optimizer | None = None) -> int:
+    def restore(
+        self, model: MultiTaskSwin, optimiser: torch.optim.Optimizer | None = None, before: int | None = None
+    ) -> int:
         """Load what the last round left.
 
+        Args:
+          model: its heads are replaced.
+          optimiser: its state is replaced.
+          before: only what was saved before this round counts; by default the newest.
         Returns:
           The round it was saved after; 0 if there is none, and then the model keeps its initial heads.
         Raises:
           TrainError: the file does not fit the model.
         """
-        if not self.path.is_file():
+        rounds = [number for number in self._rounds() if before is None or number < before]
+        if not rounds:
             return 0
-        saved = torch.load(self.path, weights_only=True, map_location=next(model.parameters()).device)
+        saved = torch.load(self._path(rounds[-1]), weights_only=True, map_location=next(model.parameters()).device)
         try:
             unexpected = model.load_state_dict(saved["heads"], strict=False).unexpected_keys
             if unexpected:
@@ -191,7 +202,14 @@ class LocalState:
                 optimiser.load_state_dict(saved["optimiser"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise TrainError(
-                f"the site's state of this run does not fit model variant in use ({type(error).__name__}); "
+                f"the site's state of run {self.folder.name!r} does not fit the model variant ({type(error).__name__}); "
                 "start the run under a new run.id, or delete the run's folder in the site's state folder"
             ) from error
-        return int(saved["round"])
+        return rounds[-1]
+
+    def _path(self, round_number: int) -> Path:
+        return self.folder / f"round-{round_number:05d}.pt"
+
+    def _rounds(self) -> list[int]:
+        """Rounds whose state is there, in order."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.pt"))

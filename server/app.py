@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
@@ -104,15 +105,13 @@ def final_heads(
         site = read_site(Path(settings.development_site))
         if site.role == "held-out":
             raise ConfigError(f"federation.development_site {site.name!r} has role held-out; expected a site that no result comes from")
-        load = {name: value for name, value in arrays.items()}
-        model.load_state_dict(_tensors(load), strict=False)
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
         return {"probe": fit_probe(model, read_cache(site.cache), config)}
     expected = shapes_of(to_arrays(model.state_dict(), HEADS))
     order = RecordDict({"config": ConfigRecord({"run": run, "groups": ",".join(HEADS)})})
     messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
-    released, refused = {}, {}
-    total = WeightedSum({})
     weights = {m.site: m.weight for m in members}
+    total, released, refused = WeightedSum({}), {}, {}
     for site, reply in receive(grid, messages, settings.round_timeout_s):
         try:
             tensors = from_record(_content(reply)["update"], expected)
@@ -124,8 +123,7 @@ def final_heads(
             released[site] = tensors
         else:
             total = fold(total, tensors, weights[site])
-            released["average"] = {}
-    given = len(members) - len(refused)
+    given = len(messages) - len(refused)
     if given < settings.quorum:
         reasons = "".join(f"\n  {site}: {why}" for site, why in refused.items())
         raise QuorumError(
@@ -225,13 +223,6 @@ def finish(run: Path, members: list[Member]) -> None:
 def _public(member: Member) -> dict:
     """What the summary says of a hospital."""
     return {"role": member.role, "weight": member.weight, **member.counts}
-
-
-def _tensors(arrays: Tensors) -> dict:
-    """Arrays as tensors."""
-    import torch
-
-    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -59,11 +60,11 @@ def fail(error: Exception) -> None:
 
 def result_table(summary: dict) -> Table:
     """AUC, F1 and Dice with intervals: seen and unseen, before and after, and each hospital."""
-    table = Table(title="95 % intervals: bootstrap over patients", title_justify="left", title_style="dim")
+    table = Table(caption="with 95 % intervals: bootstrap over patients", caption_justify="left", box=SIMPLE_HEAD)
     for name in ("hospitals", "AUC", "F1", "Dice", "slices", "patients"):
         table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
     before, after = summary.get("evaluation_before_training", {}), summary.get("evaluation", {})
-    for part, label in (("seen", "trained, test split"), ("unseen", "unseen")):
+    for part, label in (("seen", "seen"), ("unseen", "unseen")):
         for stage, result in (("before training", before), ("after training", after)):
             if part in result:
                 table.add_row(f"{label}, {stage}", *_cells(result[part]), style="bold" if result is after else "dim")

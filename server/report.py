@@ -111,10 +111,10 @@ def write_report(run: Path) -> Path:
 
 
 def metric_text(metric: dict | None) -> dict[str, str]:
-    """A metric as ".873" and "[.812, .921]"; dashes for what is not defined."""
+    """A metric as "0.873" and "[0.81, 0.92]"; a dash for what is not defined."""
     if not metric or metric["value"] is None:
         return {"value": "–", "interval": ""}
-    interval = "" if metric["low"] is None else f"[{metric['low']:.3f}, {metric['high']:.3f}]"
+    interval = "" if metric["low"] is None else f"[{metric['low']:.2f}, {metric['high']:.2f}]"
     return {"value": f"{metric['value']:.3f}", "interval": interval}
 
 

@@ -113,7 +113,7 @@ def build_strategy(settings: FederationSettings) -> FedAvg:
 
 
 def greet(grid: Grid, roster: Roster) -> None:
-    """Ask every node that is not yet known who it is; the roster learns the answers."""
+    """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals."""
     known = {m.node_id for m in roster.members.values()}
     new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused]
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
@@ -123,12 +123,12 @@ def greet(grid: Grid, roster: Roster) -> None:
             continue  # asked again before the next round
         try:
             member = _read_hello(node_id, reply)
+            other = roster.members.get(member.site)
+            if other is not None and other.node_id in set(grid.get_node_ids()):
+                raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
         except UpdateError as error:
             roster.refused[node_id] = str(error)
-            continue
-        other = roster.members.get(member.site)
-        if other is not None and other.node_id in set(grid.get_node_ids()):
-            roster.refused[node_id] = f"a second node says that it is site {member.site!r}; expected one node per site"
+            print(f"  node {node_id} is left out: {error}", flush=True)
             continue
         roster.members[member.site] = member
 
@@ -156,10 +156,10 @@ def gather(grid: Grid, roster: Roster, settings: FederationSettings) -> list[Mem
       QuorumError: fewer than federation.quorum.
     """
     end = time.monotonic() + settings.wait_s
+    roster.refused.clear()  # who was turned away may have mended the cause since the last round
     while True:
         greet(grid, roster)
         ready = roster.training(set(grid.get_node_ids()))
-        # A run that has just begun waits for stragglers only until the quorum is there and nobody new appears.
         if len(ready) >= settings.quorum or time.monotonic() >= end:
             break
         time.sleep(1.0)

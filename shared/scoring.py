@@ -49,11 +49,13 @@ def score_slices(
       settings: windows.
       precision: as in the run config.
     Returns:
-      Scores; with several heads the probabilities are averaged, of the marker and of each pixel of the hematoma.
+      Scores; with several heads the probabilities are averaged, of the marker and of each pixel of the hematoma. Heads
+      without a segmentation decoder (a probe) give no Dice.
     """
     device = next(model.parameters()).device
     model.eval()
     sets = list(heads) or [{}]
+    segments = not heads or all(any(name.startswith("seg.") for name in state) for state in heads)
     logits, dices = [], []
     for start in range(0, len(rows), BATCH):
         batch = make_batch(cache, rows[start : start + BATCH], settings.windows(), model.shape.image_size).to(device)
@@ -68,7 +70,8 @@ def score_slices(
             probability += marker.float().sigmoid() / len(sets)
             hematoma_BYX += region_BYX.float().sigmoid() / len(sets)
         logits.append(probability.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY).logit())
-        dices.append(torch.where(batch.has_mask, dice_score(hematoma_BYX > 0.5, batch.mask), torch.nan))
+        dice = dice_score(hematoma_BYX > 0.5, batch.mask)
+        dices.append(torch.where(batch.has_mask & segments, dice, torch.nan))
     return Scores(
         logit=torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0),
         label=cache.label[rows].astype(np.float64),

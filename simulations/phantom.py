@@ -188,8 +188,8 @@ def sample_patient(rng: np.random.Generator, cohort: Cohort) -> Patient:
         lesion_hu=rng.uniform(56, 68),
         edema_mm=rng.uniform(0, 7),
         edema_hu=rng.uniform(18, 25),
-        sign="plain" if marker else str(rng.choice(SIGNS, p=[0.4, 0.25, 0.2, 0.15])),
-        drop_hu=rng.uniform(20, 34),
+        sign="plain" if marker else str(rng.choice(SIGNS, p=[0.5, 0.2, 0.15, 0.15])),
+        drop_hu=rng.uniform(24, 36),
         hypodensities=_sample_hypodensities(rng, radii) if marker else (),
         notch=Blob(
             centre=(0.9 * np.cos(direction), 0.9 * np.sin(direction), float(rng.uniform(-0.2, 0.2))),
@@ -204,7 +204,7 @@ def _sample_hypodensities(rng: np.random.Generator, lesion_radii_mm: tuple[float
     """One to three blobs that stay clear of the hematoma's surface."""
     blobs = []
     for _ in range(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])):
-        radii = np.clip(rng.uniform(4.0, 8.5, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.16, 0.46)
+        radii = np.clip(rng.uniform(4.5, 9.5, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.18, 0.5)
         centre = rng.normal(0, 1, 3) * [1, 1, 0.8]
         room = max(0.78 - radii.max(), 0.05)
         centre *= room * rng.random() ** 0.5 / np.linalg.norm(centre)

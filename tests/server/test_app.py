@@ -1,0 +1,250 @@
+"""The whole procedure with real client code on a loopback grid: what it leaves, resuming, heads, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from flwr.app import Message
+
+from server.checkpoint import load_checkpoint, read_tensors
+from server.evaluate import EvaluationError, evaluate_unseen
+from server.report import write_report
+from server.runs import RunError, load_tallies, read_config, read_rounds, read_summary
+from server.strategy import QuorumError
+from shared.config import ConfigError
+from shared.metrics import merge_tallies, summarise
+from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.loopback import LoopbackGrid, run_server
+
+NAMES = ["hospital-01", "hospital-02"]
+
+
+def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, LoopbackGrid]:
+    """A run of two hospitals; its folder and the grid."""
+    flat = small_config(run__folder=str(folder), **keys)
+    grid = LoopbackGrid([hospitals.files[n] for n in NAMES], flat)
+    run_server(grid, flat)
+    return folder / "latest", grid
+
+
+@pytest.fixture(scope="module")
+def finished(hospitals: SmallHospitals, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, tested on the held-out hospital."""
+    folder, _ = run(hospitals, tmp_path_factory.mktemp("runs"), run__id="story")
+    evaluate_unseen(folder, read_config(folder), [hospitals.files["hospital-05"]])
+    write_report(folder)
+    return folder
+
+
+def test_the_summary_has_every_field(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert summary["rounds"] == 2
+    assert summary["config_hash"] == read_config(finished).hash()
+    assert summary["seconds_per_round"] > 0
+    assert set(summary["sites"]) == {"hospital-01", "hospital-02", "hospital-05"}
+    for site in summary["sites"].values():
+        assert {"patients", "slices", "positives", "role"} <= site.keys()
+        assert (site["patients"], site["slices"]) == (10, 30)
+    for stage in ("evaluation", "evaluation_before_training"):
+        for part in ("seen", "unseen"):
+            for metric in ("auc", "f1", "dice"):
+                assert summary[stage][part][metric].keys() == {"value", "low", "high", "n_slices", "n_patients"}
+        assert set(summary[stage]["per_site"]) == set(summary["sites"])
+    encoder, _ = read_tensors(finished / "checkpoint" / "initial.safetensors")
+    size = sum(value.nbytes for value in encoder.values())
+    assert 2 * size < summary["bytes_up_per_round"] < 2 * (size + 100_000)
+
+
+def test_the_summary_follows_from_the_counts(finished: Path) -> None:
+    result = read_summary(finished)["evaluation"]
+    for part in ("seen", "unseen"):
+        pooled = summarise(merge_tallies(load_tallies(finished, "final", part).values()), result["threshold_bin"])
+        assert result[part]["auc"]["value"] == pooled["auc"].value
+        assert result[part]["dice"]["low"] == pooled["dice"].low
+
+
+def test_training_moved_the_encoder_and_lowered_the_loss(finished: Path) -> None:
+    initial, _ = read_tensors(finished / "checkpoint" / "initial.safetensors")
+    final = load_checkpoint(finished / "checkpoint")
+    assert final.round_number == 2
+    assert all(not np.array_equal(initial[n], final.arrays[n]) for n in initial if n.endswith("weight"))
+    first, last = read_rounds(finished)
+    for name in NAMES:
+        assert last["sites"][name]["rec"] < first["sites"][name]["rec"]
+
+
+def test_the_report_is_one_page_that_needs_no_other(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image") == 3, "curves, ROC, examples"
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    for name in ("hospital-01", "hospital-02", "hospital-05"):
+        assert name in page
+    auc = read_summary(finished)["evaluation"]["unseen"]["auc"]["value"]
+    assert f"{auc:.3f}" in page
+
+
+def test_no_identifier_of_a_patient_is_in_the_runs_folder(finished: Path, hospitals: SmallHospitals) -> None:
+    import pydicom
+
+    planted = set()
+    for path in hospitals.root.glob("*/dicom/*/*"):
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        planted |= {str(ds.PatientID), str(ds.PatientName), str(ds.SeriesInstanceUID), str(ds.SOPInstanceUID)}
+    planted |= {h for name in hospitals.files for h in hospitals.cache(name).patient}
+    assert len(planted) > 100
+    for path in finished.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [word for word in planted if word.encode() in content], path.name
+
+
+def test_a_stopped_run_resumed_is_the_undisturbed_run(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    whole, _ = run(copied_hospitals, tmp_path / "a", run__id="whole")
+
+    flat = small_config(run__folder=str(tmp_path / "b"), run__id="stopped")
+
+    def stop(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train" and asked.content["config"]["server-round"] == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        run_server(LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=stop), flat)
+    # The client that was asked had trained round 2 when the server died; it must not train it twice from there.
+    resumed, _ = run(copied_hospitals, tmp_path / "b", run__id="stopped", run__resume=True)
+    expected, found = load_checkpoint(whole / "checkpoint"), load_checkpoint(resumed / "checkpoint")
+    assert [line["round"] for line in read_rounds(resumed)] == [1, 2]
+    for name, value in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], value, err_msg=name)
+
+
+def test_the_same_seed_gives_the_same_run(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    runs = [run(copied_hospitals, tmp_path, run__id=name)[0].resolve() for name in ("one", "two")]
+    one, two = (load_checkpoint(folder / "checkpoint") for folder in runs)
+    for name, value in one.arrays.items():
+        assert value.tobytes() == two.arrays[name].tobytes()
+    assert read_summary(runs[0])["evaluation"] == read_summary(runs[1])["evaluation"]
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "fedavgm", "fedadam"])
+def test_every_strategy_runs(strategy: str, copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    rate = 0.001 if strategy == "fedadam" else 1.0
+    folder, _ = run(
+        copied_hospitals, tmp_path, federation__strategy=strategy, federation__server_learning_rate=rate, federation__rounds=1
+    )
+    assert read_summary(folder)["evaluation"]["seen"]["dice"]["value"] is not None
+
+
+def test_an_ensemble_keeps_each_hospitals_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    folder, _ = run(copied_hospitals, tmp_path, federation__heads="ensemble", federation__rounds=1)
+    names = sorted(path.name for path in (folder / "checkpoint").glob("heads-final-*"))
+    assert names == ["heads-final-hospital-01.safetensors", "heads-final-hospital-02.safetensors"]
+    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
+    assert "unseen" in read_summary(folder)["evaluation"]
+
+
+def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    for name in NAMES:
+        edit_site(copied_hospitals.files[name], policy={"release": ["encoder"], "min_patients": 1})
+    development = str(copied_hospitals.files["hospital-01"])
+    folder, grid = run(
+        copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=development, federation__rounds=1
+    )
+    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
+    result = read_summary(folder)["evaluation"]["seen"]
+    assert result["auc"]["value"] is not None
+    assert result["dice"]["value"] is None, "a probe has no decoder"
+
+
+def test_a_probe_is_never_fitted_on_a_held_out_site(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    held_out = str(copied_hospitals.files["hospital-05"])
+    with pytest.raises(ConfigError, match="role held-out"):
+        run(copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=held_out)
+
+
+def test_heads_that_a_policy_keeps_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
+    with pytest.raises(QuorumError, match=r"heads came from 1 hospitals[\s\S]*policy.release"):
+        run(copied_hospitals, tmp_path, federation__rounds=1)
+    assert load_checkpoint(tmp_path / "latest" / "checkpoint").round_number == 1, "the encoder is not lost"
+
+
+def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    edit_site(
+        copied_hospitals.files["hospital-02"],
+        policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 100},
+    )
+    folder, grid = run(copied_hospitals, tmp_path, federation__rounds=1)
+    summary, (line,) = read_summary(folder), read_rounds(folder)
+    assert "patients" not in summary["sites"]["hospital-02"]
+    assert "cls" in line["sites"]["hospital-01"]
+    assert "cls" not in line["sites"]["hospital-02"]
+    assert "bytes_up" in line["sites"]["hospital-02"], "its encoder took part"
+    assert set(summary["evaluation"]["per_site"]) == {"hospital-01"}
+    page = (folder / "report.html").read_text()
+    assert "hospital-02" in page
+
+
+def test_sharing_all_needs_no_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    folder, grid = run(copied_hospitals, tmp_path, federation__share="all", federation__rounds=1)
+    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
+    heads, _ = read_tensors(folder / "checkpoint" / "heads-final-average.safetensors")
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    np.testing.assert_array_equal(heads["cls.weight"], checkpoint.arrays["cls.weight"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "text"),
+    [
+        ({"federation__epochs": 1}, ConfigError, "unknown config key 'federation.epochs'"),
+        ({"federation__heads": "probe"}, ConfigError, "development_site is empty"),
+        ({"federation__heads": "ensemble", "federation__share": "all"}, ConfigError, "use 'average'"),
+        ({"run__id": "none", "run__resume": True}, RunError, "no run 'none'"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anybody_is_asked(
+    keys: dict, error: type, text: str, hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    flat = small_config(run__folder=str(tmp_path), **keys)
+    grid = LoopbackGrid([hospitals.files["hospital-01"]], flat)
+    with pytest.raises(error, match=re.escape(text)):
+        run_server(grid, flat)
+    assert grid.asked == []
+
+
+def test_a_runs_name_is_used_once(finished: Path, hospitals: SmallHospitals) -> None:
+    with pytest.raises(RunError, match="exists"):
+        run(hospitals, finished.resolve().parent, run__id="story")
+
+
+def test_a_run_is_not_resumed_with_another_config(finished: Path, hospitals: SmallHospitals) -> None:
+    with pytest.raises(RunError, match="another config"):
+        run(hospitals, finished.resolve().parent, run__id="story", run__resume=True, run__seed=5)
+
+
+def test_a_hospital_that_trained_is_no_test(finished: Path, hospitals: SmallHospitals) -> None:
+    before = (finished / "summary.json").read_text()
+    with pytest.raises(EvaluationError, match="'hospital-01' has role 'train'"):
+        evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"], hospitals.files["hospital-01"]])
+    with pytest.raises(EvaluationError, match="stands twice"):
+        evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"]] * 2)
+    assert (finished / "summary.json").read_text() == before
+
+
+def test_a_held_out_node_does_not_train(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    flat = small_config(run__folder=str(tmp_path), federation__rounds=1)
+    grid = LoopbackGrid([copied_hospitals.files[n] for n in [*NAMES, "hospital-05"]], flat)
+    run_server(grid, flat)
+    trained = {m.metadata.dst_node_id for m in grid.asked if m.metadata.message_type == "train"}
+    assert trained == {1, 2}
+    assert "hospital-05" not in json.loads((tmp_path / "latest" / "summary.json").read_text())["sites"]
+
+
+def test_site_files_of_the_fixture_are_the_published_form(hospitals: SmallHospitals) -> None:
+    content = yaml.safe_load(hospitals.files["hospital-01"].read_text())
+    assert {"site", "data", "cache", "role", "policy"} <= content.keys()

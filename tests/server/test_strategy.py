@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from client.train import build_optimiser
+from client.train import train_round as train_locally
+from server.strategy import QuorumError, Roster, build_strategy, gather, receive, train_round
+from shared.config import FederationSettings, parse_config
+from shared.scoring import build_model
+from shared.wire import to_arrays
+from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.loopback import Change, LoopbackGrid
+
+
+def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_options: object):
+    """One round through real client code; the grid, the members and the result."""
+    config = parse_config(flat)
+    grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    members = gather(grid, Roster(), config.federation)
+    result = train_round(grid, build_strategy(config.federation), members, arrays, 1, config.federation, "test")
+    return grid, members, arrays, result
+
+
+@pytest.fixture
+def two(copied_hospitals: SmallHospitals) -> SmallHospitals:
+    return copied_hospitals
+
+
+NAMES = ["hospital-01", "hospital-02"]
+
+
+def spoil(node: int, what) -> Change:
+    """Replace the training reply of one node."""
+
+    def change(asked: Message, reply: Message) -> Message | None:
+        if asked.metadata.message_type == "train" and asked.metadata.dst_node_id == node:
+            return what(reply)
+        return reply
+
+    return change
+
+
+def with_tensor(name: str, make) -> Change:
+    """Node 2's update with one tensor changed."""
+
+    def what(reply: Message) -> Message:
+        record = reply.content["update"]
+        chosen = next(n for n in record if n.endswith(name))
+        record[chosen] = Array(make(record[chosen].numpy().copy()))
+        return reply
+
+    return spoil(2, what)
+
+
+def test_one_hospital_federated_is_the_same_training_without_flower(two: SmallHospitals) -> None:
+    flat = small_config(federation__quorum=1)
+    config = parse_config(flat)
+    _, _, _, result = first_round(two, ["hospital-01"], flat)
+
+    model = build_model(config.model, config.run.seed)
+    train_locally(
+        model, build_optimiser(model, config), two.cache("hospital-01"), config, site="hospital-01", round_number=1
+    )
+    expected = to_arrays(model.state_dict(), ("encoder",))
+    assert result.arrays.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(result.arrays[name], value, err_msg=name)
+
+
+def test_two_identical_hospitals_are_one(two: SmallHospitals, tmp_path) -> None:
+    flat = small_config(federation__quorum=1)
+    _, _, _, alone = first_round(two, ["hospital-01"], flat)
+    # A twin with the same slices, told apart by its name alone; the name seeds the order of slices, so it is given the
+    # same training by sending the same update twice.
+    twin = {}
+
+    def same_update(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            if asked.metadata.dst_node_id == 1:
+                twin["update"] = reply.content["update"]
+            else:
+                reply.content["update"] = twin["update"]
+        return reply
+
+    shutil.rmtree(two.site("hospital-01").state / "runs")
+    _, _, _, both = first_round(two, NAMES, flat, change=same_update)
+    for name, value in alone.arrays.items():
+        np.testing.assert_array_equal(both.arrays[name], value, err_msg=name)
+
+
+def test_the_sum_does_not_depend_on_the_order_of_arrival(two: SmallHospitals) -> None:
+    flat = small_config()
+    results = []
+    for late in ({1: 5}, {2: 5}, {}):
+        for name in NAMES:
+            shutil.rmtree(two.site(name).state / "runs", ignore_errors=True)
+        results.append(first_round(two, NAMES, flat, late=late)[3])
+    for name, value in results[0].arrays.items():
+        for other in results[1:]:
+            assert value.tobytes() == other.arrays[name].tobytes(), name
+
+
+def test_replies_come_one_at_a_time_in_order_of_names(two: SmallHospitals) -> None:
+    grid = LoopbackGrid([two.files[n] for n in reversed(NAMES)], small_config(), late={1: 3})
+    messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in (1, 2)}
+    replies = receive(grid, messages, 30.0)
+    name, _ = next(replies)
+    assert name == "1"
+    assert len(grid.replies) == 1, "the second reply waits in the SuperLink"
+    assert [name for name, _ in replies] == ["2"]
+
+
+def test_public_weights_decide_the_mean(two: SmallHospitals) -> None:
+    edit_site(two.files["hospital-02"], weight=3.0)
+    sent = {}
+
+    def keep(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            sent[asked.metadata.dst_node_id] = {n: a.numpy().astype(np.float64) for n, a in reply.content["update"].items()}
+        return reply
+
+    _, _, _, result = first_round(two, NAMES, small_config(), change=keep)
+    for name, value in result.arrays.items():
+        np.testing.assert_array_equal(value, ((sent[1][name] + 3 * sent[2][name]) / 4).astype(np.float32))
+
+
+BAD_UPDATES = {
+    "not finite": with_tensor("patch_embed.proj.weight", lambda v: v * np.float32("nan")),
+    "infinite": with_tensor("patch_embed.proj.bias", lambda v: v + np.float32("inf")),
+    "another shape": with_tensor("patch_embed.proj.bias", lambda v: v[:1]),
+    "another dtype": with_tensor("patch_embed.proj.bias", lambda v: v.astype(np.float64)),
+    "a tensor too few": spoil(2, lambda r: (r.content["update"].pop(next(iter(r.content["update"]))), r)[1]),
+    "a tensor too many": spoil(2, lambda r: (r.content["update"].update({"cls.bias": Array(np.zeros(1, np.float32))}), r)[1]),
+    "no update": spoil(2, lambda r: (r.content.pop("update"), r)[1]),
+    "another name": spoil(2, lambda r: (r.content.__setitem__("facts", ConfigRecord({"site": "hospital-07"})), r)[1]),
+    "an error": spoil(2, lambda r: Message(Error(1002, "OSError while answering 'train'"), reply_to=r)),
+    "no reply": spoil(2, lambda r: None),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_UPDATES)
+def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(two: SmallHospitals, fault: str) -> None:
+    flat = small_config(federation__quorum=1, federation__round_timeout_s=3.0)
+    good = {}
+
+    def change(asked: Message, reply: Message) -> Message | None:
+        changed = BAD_UPDATES[fault](asked, reply)
+        if asked.metadata.message_type == "train" and asked.metadata.dst_node_id == 1:
+            good.update({n: a.numpy() for n, a in reply.content["update"].items()})
+        return changed
+
+    _, _, _, result = first_round(two, NAMES, flat, change=change)
+    assert list(result.refused) == ["hospital-02"]
+    assert result.refused["hospital-02"]
+    assert list(result.sites) == ["hospital-01"]
+    for name, value in good.items():
+        np.testing.assert_array_equal(result.arrays[name], value)
+
+
+def test_a_round_below_quorum_stops_the_run(two: SmallHospitals) -> None:
+    with pytest.raises(QuorumError, match=r"1 good updates, federation.quorum is 2[\s\S]*'hospital-02'.*not finite"):
+        first_round(two, NAMES, small_config(), change=BAD_UPDATES["not finite"])
+
+
+def test_too_few_hospitals_at_the_start_is_an_error(two: SmallHospitals) -> None:
+    settings = FederationSettings(quorum=2, wait_s=0.0)
+    grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-05"]], small_config())
+    with pytest.raises(QuorumError, match=r"1 training hospitals are connected \(hospital-01\)"):
+        gather(grid, Roster(), settings)
+
+
+def test_a_second_node_of_the_same_name_is_left_out(two: SmallHospitals) -> None:
+    grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-01"]], small_config())
+    roster = Roster()
+    members = gather(grid, roster, FederationSettings(quorum=1))
+    assert [m.node_id for m in members] == [1]
+    assert "one node per site" in roster.refused[2]
+
+
+def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: SmallHospitals) -> None:
+    (two.site("hospital-02").cache / "cache.json").unlink()
+    grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
+    roster = Roster()
+    assert [m.site for m in gather(grid, roster, FederationSettings(quorum=1))] == ["hospital-01"]
+    assert "hemafed-client ingest" in roster.refused[2]
+
+
+def mean_reply(arrays: dict[str, np.ndarray]) -> Message:
+    content = RecordDict(
+        {"arrays": ArrayRecord({n: Array(v) for n, v in arrays.items()}), "metrics": MetricRecord({"weight": 1.0})}
+    )
+    return Message(content, dst_node_id=0, message_type="train")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("fedavg", [3.0, -1.0]),
+        ("fedprox", [3.0, -1.0]),
+        # old - rate * (old - new): 1 - 0.5 * (1 - 3) = 2 and 1 - 0.5 * (1 + 1) = 0
+        ("fedavgm", [2.0, 0.0]),
+    ],
+)
+def test_flowers_strategies_take_the_servers_step(strategy: str, expected: list[float], two: SmallHospitals) -> None:
+    settings = FederationSettings(strategy=strategy, server_learning_rate=0.5, server_momentum=0.9)
+    server = build_strategy(settings)
+    start = ArrayRecord({"w": Array(np.array([1.0, 1.0], np.float32))})
+    grid = LoopbackGrid([two.files["hospital-01"]], small_config())
+    list(server.configure_train(1, start, ConfigRecord(), grid))
+    arrays, _ = server.aggregate_train(1, [mean_reply({"w": np.array([3.0, -1.0], np.float32)})])
+    np.testing.assert_allclose(arrays["w"].numpy(), expected, rtol=1e-6)
+
+
+def test_fedadam_moves_towards_the_mean_in_float32(two: SmallHospitals) -> None:
+    flat = small_config(federation__strategy="fedadam", federation__server_learning_rate=0.01)
+    sent = {}
+
+    def keep(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            sent[asked.metadata.dst_node_id] = {n: a.numpy() for n, a in reply.content["update"].items()}
+        return reply
+
+    _, _, before, result = first_round(two, NAMES, flat, change=keep)
+    name = "encoder.layers.0.blocks.0.mlp.fc1.weight"
+    wanted = (sent[1][name] + sent[2][name]) / 2 - before[name]
+    moved = result.arrays[name] - before[name]
+    assert result.arrays[name].dtype == np.float32
+    assert (np.sign(moved) == np.sign(wanted))[np.abs(wanted) > 1e-6].all()
+
+
+def test_fedprox_tells_the_hospitals_its_mu(two: SmallHospitals) -> None:
+    flat = small_config(federation__strategy="fedprox", federation__proximal_mu=0.5)
+    grid, _, _, strong = first_round(two, NAMES, flat)
+    trained = [m for m in grid.asked if m.metadata.message_type == "train"]
+    assert {m.content["config"]["proximal-mu"] for m in trained} == {0.5}
+
+
+def test_only_encoder_tensors_are_sent(two: SmallHospitals) -> None:
+    seen: list[str] = []
+
+    def keep(asked: Message, reply: Message) -> Message:
+        for message in (asked, reply):
+            for record in message.content.array_records.values():
+                seen.extend(name for name in record if "." in name)
+        return reply
+
+    first_round(two, NAMES, small_config(), change=keep)
+    assert seen
+    assert {name.split(".")[0] for name in seen} == {"encoder"}
+
+
+def test_sharing_all_is_refused_by_a_hospital_that_releases_the_encoder_only(two: SmallHospitals) -> None:
+    edit_site(two.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
+    flat = small_config(federation__share="all", federation__quorum=1)
+    config = parse_config(flat)
+    grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
+    arrays = to_arrays(build_model(config.model, 0).state_dict(), ("encoder", "cls", "seg", "rec"))
+    members = gather(grid, Roster(), config.federation)
+    result = train_round(grid, build_strategy(config.federation), members, arrays, 1, config.federation, "test")
+    assert "does not release tensor group" in result.refused["hospital-02"]
+    assert "policy.release" in result.refused["hospital-02"]
+    assert torch.is_tensor(torch.from_numpy(result.arrays["cls.weight"]))

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.site import Policy, SiteError, read_site
+
+
+def content(**changes: object) -> dict[str, object]:
+    return {"site": "hospital-03", "data": {"images": "dicom/", "masks": "masks", "labels": "labels.csv"}} | changes
+
+
+def write_site(folder: Path, text: object = None) -> Path:
+    """A hospital's folder with empty data folders; text is a mapping or raw YAML."""
+    for name in ("dicom", "masks"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "labels.csv").write_text("series_uid,hypodensity\n")
+    path = folder / "site.yaml"
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(content() if text is None else text))
+    return path
+
+
+def test_the_designs_example(tmp_path: Path) -> None:
+    site = read_site(
+        write_site(
+            tmp_path,
+            """
+            site: hospital-03
+            data:
+              images: dicom/
+              masks: masks/
+              labels: labels.csv
+            cache: cache/
+            role: held-out
+            weight: 2
+            policy:
+              release: [encoder, cls]
+              metrics: false
+              min_patients: 5
+            """,
+        )
+    )
+    assert (site.name, site.role, site.weight, type(site.weight)) == ("hospital-03", "held-out", 2.0, float)
+    assert site.images == (tmp_path / "dicom").resolve()
+    assert site.masks == (tmp_path / "masks").resolve()
+    assert site.labels == (tmp_path / "labels.csv").resolve()
+    assert site.policy == Policy(("encoder", "cls"), metrics=False, min_patients=5)
+
+
+def test_what_need_not_be_said(tmp_path: Path) -> None:
+    site = read_site(write_site(tmp_path, content(data={"images": "dicom"})))
+    assert (site.role, site.weight, site.masks, site.labels) == ("train", 1.0, None, None)
+    assert site.cache == (tmp_path / "cache").resolve()
+    assert site.state == (tmp_path / "state").resolve()
+    # The careful choice is the one that nobody made: encoder only, ten patients.
+    assert site.policy == Policy(("encoder",), metrics=True, min_patients=10)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    path = write_site(folder, content(cache="../fast/cache", state=str(tmp_path / "state")))
+    monkeypatch.chdir(folder.parent)
+    site = read_site(Path("hospital") / path.name)
+    assert site.images == (folder / "dicom").resolve()
+    assert site.cache == (tmp_path / "fast" / "cache").resolve()
+    assert site.state == (tmp_path / "state").resolve()
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="no site file .*nowhere.yaml.*README"):
+        read_site(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("site: [unclosed", "is not YAML"),
+        ("just a sentence", "the file is 'just a sentence', expected a mapping"),
+        ("", "the file is None, expected a mapping"),
+        (content(sites=3), "unknown key 'sites'; did you mean 'site'"),
+        (content(polcy={}), "unknown key 'polcy'; did you mean 'policy'"),
+        (
+            content(data={"images": "dicom", "label": "labels.csv"}),
+            "unknown key 'data.label'; did you mean 'data.labels'",
+        ),
+        (content(policy={"min_patient": 3}), "unknown key 'policy.min_patient'; did you mean 'policy.min_patients'"),
+        ({"data": {"images": "dicom"}}, "'site' is missing; expected keys: cache, data, policy"),
+        ({"site": "a"}, "'data' is missing"),
+        (content(data={"masks": "masks"}), "'data.images' is missing; expected keys: images, labels, masks"),
+        (content(data="dicom"), "data is 'dicom', expected a mapping"),
+        (content(role="test"), "role is 'test', expected one of train, held-out, development"),
+        (content(role=1), r"'role' is 1 \(int\), expected str"),
+        (
+            content(data={"images": "dcm"}),
+            "data.images is .*dcm, and there is no such folder; correct the path or mount",
+        ),
+        (content(data={"images": "labels.csv"}), "data.images is .*labels.csv, and there is no such folder"),
+        (content(data={"images": "dicom", "masks": "seg"}), "data.masks is .*seg, and there is no such folder"),
+        (content(data={"images": "dicom", "labels": "l.csv"}), "data.labels is .*l.csv, and there is no such file"),
+        (content(data={"images": "dicom", "labels": "masks"}), "data.labels is .*masks, and there is no such file"),
+        (content(data={"images": 7}), r"'data.images' is 7 \(int\), expected str"),
+        (content(cache=3), r"'cache' is 3 \(int\), expected str"),
+        (content(weight=0), "weight is 0.0, expected more than 0"),
+        (content(weight=-1.5), "weight is -1.5, expected more than 0"),
+        (content(weight=float("nan")), "weight is nan, expected more than 0"),
+        (content(weight=float("inf")), "weight is inf, expected more than 0 and at most 1e6"),
+        (content(weight="2"), r"'weight' is '2' \(str\), expected int or float"),
+        (content(weight=True), r"'weight' is True \(bool\), expected int or float"),
+        (
+            content(policy={"release": ["encoder", "head"]}),
+            r"policy.release names \['head'\], expected some of encoder, cls",
+        ),
+        (content(policy={"release": "encoder"}), r"'policy.release' is 'encoder' \(str\), expected list"),
+        (content(policy={"release": None}), "'policy.release' is None"),
+        (content(policy={"metrics": 1}), r"'policy.metrics' is 1 \(int\), expected bool"),
+        (content(policy={"metrics": "false"}), r"'policy.metrics' is 'false' \(str\), expected bool"),
+        (content(policy={"min_patients": 0}), "policy.min_patients is 0, expected at least 1"),
+        (content(policy={"min_patients": True}), r"'policy.min_patients' is True \(bool\), expected int"),
+        (content(policy={"min_patients": 2.5}), r"'policy.min_patients' is 2.5 \(float\), expected int"),
+        (content(policy="strict"), "policy is 'strict', expected a mapping"),
+        (content(policy=[]), "policy is .., expected a mapping"),
+        (content(policy=False), "policy is False, expected a mapping"),
+        (content(site=3), r"'site' is 3 \(int\), expected str"),
+        (content(site="../escape"), "site is '../escape', expected up to 64 letters"),
+        (content(site="two words"), "site is 'two words'"),
+        (content(site=""), "site is ''"),
+        (content(site="a" * 65), "site is 'a{65}'"),
+        (content(site="-dash"), "site is '-dash'"),
+    ],
+)
+def test_a_wrong_site_file_says_what_and_where(tmp_path: Path, text: object, message: str) -> None:
+    path = write_site(tmp_path, text)
+    with pytest.raises(SiteError, match=message) as caught:
+        read_site(path)
+    assert str(path.resolve()) in str(caught.value)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = write_site(tmp_path)
+    path.write_bytes("# Universitätsklinikum\n".encode("latin-1") + path.read_bytes())
+    with pytest.raises(SiteError, match=re.escape(str(path.resolve()))):
+        read_site(path)
+
+
+@pytest.mark.parametrize("cache", ["", ".", "..", "dicom", "dicom/..", "masks", "labels.csv", "state"])
+def test_a_cache_that_would_delete_something_else_is_refused(tmp_path: Path, cache: str) -> None:
+    """Ingest removes the old cache folder whole, so it may hold nothing but the cache."""
+    path = write_site(tmp_path, content(cache=cache))
+    with pytest.raises(SiteError, match="cache"):
+        read_site(path)
+
+
+def test_names_that_may_be_used(tmp_path: Path) -> None:
+    assert read_site(write_site(tmp_path, content(site="Klinik-1.a_b"))).name == "Klinik-1.a_b"
+    assert len(read_site(write_site(tmp_path, content(site="a" * 64))).name) == 64
+
+
+def test_the_key_is_made_once_and_for_the_owner_only(tmp_path: Path) -> None:
+    path = write_site(tmp_path)
+    site = read_site(path)
+    assert not site.state.exists()
+    key = site.key()
+    assert len(key) == 32
+    assert (site.state / "key").stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in site.state.iterdir()] == ["key"]
+    assert site.key() == read_site(path).key() == key == (site.state / "key").read_bytes()
+
+
+def test_two_hospitals_have_two_keys(tmp_path: Path) -> None:
+    keys = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        keys.add(read_site(write_site(tmp_path / name)).key())
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("length", [0, 16, 33])
+def test_a_damaged_key_is_refused_and_kept(tmp_path: Path, length: int) -> None:
+    site = read_site(write_site(tmp_path))
+    site.state.mkdir()
+    (site.state / "key").write_bytes(bytes(length))
+    with pytest.raises(SiteError, match=f"'hospital-03'.*{length} bytes, expected 32; restore it from a backup"):
+        site.key()
+    assert (site.state / "key").read_bytes() == bytes(length)
