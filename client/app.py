@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, enforce, metrics_refusal
 from client.train import LocalState, TrainError, build_optimiser, round_seed, train_round
 from shared.config import ConfigError, RunConfig, parse_config
-from shared.metrics import tally_scores
+from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
 from shared.scoring import build_model, score_slices
 from shared.site import Site, SiteError, read_site
@@ -40,7 +40,7 @@ from shared.wire import (
 log = logging.getLogger("hemafed.client")
 
 # Their texts are written to be read at the server: no patient, no path below a patient's folder.
-_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, SiteError, CacheError)
+_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, SiteError, CacheError, MetricsError)
 REFUSED, FAILED = 1001, 1002  # error codes of ours; Flower's own are below 100
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

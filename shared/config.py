@@ -85,7 +85,7 @@ class TrainSettings:
       weight_decay: AdamW's, on matrices only.
       warmup: share of the whole federation's training during which the rate rises.
       clip_norm: largest gradient norm of a step; 0 switches clipping off.
-      augment: random flips, affine changes, intensity, blur and noise.
+      augment: random flips, rotation, scale, shift, calibration error and noise.
       precision: "auto" takes bfloat16 where the machine is faster with it; "bf16" or "fp32" forces one.
     """
 

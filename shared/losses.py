@@ -47,14 +47,15 @@ def slice_losses(prediction: Prediction, batch: Batch) -> Losses:
     """
     known = ~torch.isnan(batch.label)
     cls = functional.binary_cross_entropy_with_logits(
-        prediction.hypodensity.float(), torch.where(known, batch.label, 0.0), reduction="none"
+        torch.where(known, prediction.hypodensity.float(), 0.0), torch.where(known, batch.label, 0.0), reduction="none"
     )
-    logit_BYX = prediction.hematoma.float()
-    mask_BYX = batch.mask.float()
+    masked = batch.has_mask[:, None, None]
+    logit_BYX = torch.where(masked, prediction.hematoma.float(), 0.0)
+    mask_BYX = torch.where(masked, batch.mask.float(), 0.0)
     cross_entropy = functional.binary_cross_entropy_with_logits(logit_BYX, mask_BYX, reduction="none").mean((1, 2))
     seg = cross_entropy + dice_loss(logit_BYX.sigmoid(), mask_BYX)
     rec = (prediction.reconstruction.float() - batch.image).square().mean((1, 2, 3))
-    # torch.where, not a product: a slice that does not count must not pass a NaN on.
+    # torch.where before and after, not a product: a slice that does not count must not pass a NaN on, nor its gradient.
     return Losses(cls=torch.where(known, cls, 0.0), seg=torch.where(batch.has_mask, seg, 0.0), rec=rec)
 
 

@@ -80,7 +80,12 @@ def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> T
       scores: of slices of one hospital.
       replicates: number R of bootstrap samples; 0 for none.
       rng: draws them.
+    Raises:
+      MetricsError: a score is not finite; binned, it would pass for a confident one.
     """
+    if not np.isfinite(scores.logit).all():
+        bad = np.count_nonzero(~np.isfinite(scores.logit))
+        raise MetricsError(f"{bad} of {len(scores.logit)} scores are not finite; the model has diverged: train it anew")
     patients, owner = np.unique(scores.patient, return_inverse=True)
     known = ~np.isnan(scores.label)
     bins = np.clip(np.digitize(scores.logit, BIN_EDGES) - 1, 0, BINS - 1)
@@ -92,7 +97,7 @@ def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> T
     dice_slices = np.bincount(owner[masked], minlength=len(patients))
     # How often each patient is drawn: once in row 0, multinomially in the others.
     n = len(patients)
-    drawn = np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)] if n else [np.ones((1, 0))])
+    drawn = np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)] if n else [np.ones((replicates + 1, 0))])
     return Tally(
         counts=np.rint(drawn @ per_patient).astype(np.int64).reshape(-1, 2, BINS),
         dice_sum=drawn @ dice_sum,

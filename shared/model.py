@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -211,17 +212,23 @@ def load_pretrained(model: MultiTaskSwin, path: Path) -> list[str]:
     """
     if not path.is_file():
         raise ModelError(f"model.pretrained is {str(path)!r}, and there is no such file on the server; correct the path")
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"model.pretrained {path} is not a safetensors file ({error}); convert the weights first") from error
     own = model.encoder.state_dict()
     projection = "patch_embed.proj.weight"
-    if projection in weights and weights[projection].shape[1] != own[projection].shape[1]:
+    if projection in weights and weights[projection].shape[1] == 3 != own[projection].shape[1]:
         weights[projection] = adapt_input_conv(own[projection].shape[1], weights[projection])
     misfits = [n for n in own if n not in weights or weights[n].shape != own[n].shape]
+    # A deeper encoder's file fits a shallower one but for blocks that would be lost without a word.
+    misfits += [n for n in sorted(weights) if n.startswith("layers.") and n not in own]
     if misfits:
         name = misfits[0]
         found = tuple(weights[name].shape) if name in weights else "missing"
+        expected = tuple(own[name].shape) if name in own else "no such tensor"
         raise ModelError(
-            f"{path}: {len(misfits)} encoder tensors do not fit, first {name}: {found}, expected {tuple(own[name].shape)}; "
+            f"{path}: {len(misfits)} encoder tensors do not fit, first {name}: {found}, expected {expected}; "
             "choose the model.variant that the weights were made with"
         )
     model.encoder.load_state_dict({name: weights[name] for name in own})

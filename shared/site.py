@@ -96,12 +96,12 @@ def read_site(path: Path) -> Site:
     if not path.is_file():
         raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see README, 'Join')")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise SiteError(f"{path} is not YAML: {error}") from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SiteError(f"{path} is not YAML in UTF-8: {error}") from error
     top = _section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
     data = _section(path, "data.", top["data"], {"images", "masks", "labels"}, {"images"})
-    rules = _section(path, "policy.", top.get("policy") or {}, {"release", "metrics", "min_patients"}, set())
+    rules = _section(path, "policy.", {} if top.get("policy") is None else top["policy"], {"release", "metrics", "min_patients"}, set())
 
     def place(key: str, value: Any) -> Path:
         return (path.parent / _typed(path, key, value, str)).resolve()
@@ -111,8 +111,8 @@ def read_site(path: Path) -> Site:
         role=_typed(path, "role", top.get("role", "train"), str),
         weight=float(_typed(path, "weight", top.get("weight", 1.0), (int, float))),
         images=place("data.images", data["images"]),
-        masks=place("data.masks", data["masks"]) if data.get("masks") else None,
-        labels=place("data.labels", data["labels"]) if data.get("labels") else None,
+        masks=None if data.get("masks") is None else place("data.masks", data["masks"]),
+        labels=None if data.get("labels") is None else place("data.labels", data["labels"]),
         cache=place("cache", top.get("cache", "cache")),
         state=place("state", top.get("state", "state")),
         policy=_policy(path, rules),
@@ -121,6 +121,9 @@ def read_site(path: Path) -> Site:
         raise SiteError(f"{path}: role is {site.role!r}, expected one of {', '.join(ROLES)}")
     if not 0 < site.weight <= 1e6:
         raise SiteError(f"{path}: weight is {site.weight!r}, expected more than 0 and at most 1e6")
+    for kept in (path, site.images, site.masks, site.labels, site.state):
+        if kept is not None and kept.is_relative_to(site.cache):
+            raise SiteError(f"{path}: cache is {site.cache}, which holds {kept.name}; ingest deletes it: name a folder of its own")
     for key, folder in (("data.images", site.images), ("data.masks", site.masks)):
         if folder is not None and not folder.is_dir():
             raise SiteError(f"{path}: {key} is {folder}, and there is no such folder; correct the path or mount it")

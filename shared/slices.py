@@ -92,19 +92,27 @@ def read_cache(folder: Path) -> SliceCache:
     again = "run 'hemafed-client ingest SITE_YAML' to write it"
     if not (folder / "cache.json").is_file():
         raise CacheError(f"no slice cache in {folder}; {again}")
-    head = json.loads((folder / "cache.json").read_text())
-    if head.get("format") != FORMAT_VERSION:
-        raise CacheError(f"slice cache {folder} has format {head.get('format')!r}, expected {FORMAT_VERSION}; {again}")
-    hu = np.load(folder / "slices.npy", mmap_mode="r")
-    masks = np.load(folder / "masks.npy", mmap_mode="r")
-    with open(folder / "index.csv", newline="") as file:
-        index = list(csv.DictReader(file))
+    try:
+        head = json.loads((folder / "cache.json").read_text())
+        if head["format"] != FORMAT_VERSION:
+            raise CacheError(f"slice cache {folder} has format {head['format']!r}, expected {FORMAT_VERSION}; {again}")
+        hu = np.load(folder / "slices.npy", mmap_mode="r")
+        masks = np.load(folder / "masks.npy", mmap_mode="r")
+        with open(folder / "index.csv", newline="") as file:
+            index = list(csv.DictReader(file))
+    except CacheError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise CacheError(f"slice cache {folder} is damaged ({type(error).__name__}); {again}") from error
     expected = (len(index), SIDE_PX, SIDE_PX)
     if hu.shape != expected or masks.shape != expected or head["slices"] != len(index):
         raise CacheError(
             f"slice cache {folder}: slices {hu.shape}, masks {masks.shape}, index {len(index)} rows, "
             f"cache.json {head['slices']}; expected {expected} for all; {again}"
         )
+    splits = {row["split"] for row in index}
+    if not splits <= set(SPLITS):
+        raise CacheError(f"slice cache {folder}: splits {sorted(splits)}, expected {', '.join(SPLITS)}; {again}")
     return SliceCache(
         hu=hu,
         masks=masks,

@@ -32,8 +32,8 @@ def group(name: str) -> str:
 
 
 def to_arrays(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
-    """The tensors of some groups as float32 arrays on the CPU, in sorted order of their names."""
-    return {name: state[name].detach().cpu().float().numpy() for name in sorted(state) if group(name) in groups}
+    """Copies of the tensors of some groups as float32 arrays, in sorted order of their names."""
+    return {name: state[name].detach().cpu().float().numpy().copy() for name in sorted(state) if group(name) in groups}
 
 
 def to_record(arrays: Tensors) -> ArrayRecord:
@@ -63,13 +63,24 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
             raise UpdateError(
                 f"tensor {name}: {declared.dtype} {tuple(declared.shape)}, expected float32 {tuple(shape)}"
             )
-        value = declared.numpy()  # numpy.load without pickle
+        value = _decoded(declared, f"tensor {name}")
         if value.shape != tuple(shape) or value.dtype != np.float32:  # the header lied
             raise UpdateError(f"tensor {name}: {value.dtype} {value.shape}, expected float32 {tuple(shape)}")
         if not np.isfinite(value).all():
             raise UpdateError(f"tensor {name}: {np.count_nonzero(~np.isfinite(value))} values are not finite")
         arrays[name] = value
     return arrays
+
+
+def _decoded(array: Array, what: str) -> NDArray:
+    """The array behind received bytes (numpy.load without pickle), whatever the bytes are."""
+    try:
+        value = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError) as error:
+        raise UpdateError(f"{what}: {len(array.data)} bytes that are no array ({type(error).__name__})") from error
+    if not isinstance(value, np.ndarray):
+        raise UpdateError(f"{what}: bytes of a {type(value).__name__}, expected an array")
+    return value
 
 
 def _some(names: set[str]) -> str:
@@ -111,7 +122,7 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
         raise UpdateError(f"tally has arrays {sorted(record.keys())}, expected {sorted(expected)}")
     values = {}
     for name, (dtype, shape) in expected.items():
-        value = record[name].numpy()
+        value = _decoded(record[name], f"tally {name}")
         if value.shape != shape or value.dtype != dtype:
             raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {dtype} {shape}")
         if not np.isfinite(value).all() or (value < 0).any():

@@ -36,11 +36,18 @@ class SuperLink:
 
     Attributes:
       home: its FLWR_HOME, with its log.
+      port: on loopback.
       environment: for `flwr` commands that talk to it.
     """
 
     home: Path
+    port: int
     environment: dict[str, str]
+
+    @property
+    def flwr(self) -> str:
+        """Flower's command of this environment."""
+        return str(Path(sys.executable).parent / "flwr")
 
     @property
     def log(self) -> Path:
@@ -76,7 +83,7 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     environment.pop("PYTHONPATH", None)
-    link = SuperLink(home, environment)
+    link = SuperLink(home, port, environment)
     command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     with open(link.log, "w") as log:
         process = subprocess.Popen(
@@ -88,18 +95,18 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
             start_new_session=True,
         )
     try:
-        _wait_until_up(process, port, link)
+        _wait_until_up(process, link)
         yield link
     finally:
         _stop(process)
 
 
-def _wait_until_up(process: subprocess.Popen, port: int, link: SuperLink) -> None:
+def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
     """Return when the SuperLink answers."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            with urllib.request.urlopen(f"http://127.0.0.1:{link.port}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
@@ -136,13 +143,12 @@ def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, c
     Raises:
       SimulationError: the run did not finish; the text ends with the log's last lines.
     """
-    flwr = str(Path(sys.executable).parent / "flwr")
     federation = f"num-supernodes={supernodes} client-resources-num-cpus={cpus}"
-    command = [flwr, "run", str(project), CONNECTION, "--stream", "--run-config", str(run_config)]
+    command = [link.flwr, "run", str(project), CONNECTION, "--stream", "--run-config", str(run_config)]
     done = subprocess.run([*command, "--federation-config", federation], env=link.environment, check=False)
     # The exit status says nothing about the run (it is 0 for a failed one); the list of runs does.
     listed = subprocess.run(
-        [flwr, "ls", CONNECTION, "--limit", "1", "--format", "json"],
+        [link.flwr, "ls", CONNECTION, "--limit", "1", "--format", "json"],
         env=link.environment,
         capture_output=True,
         text=True,

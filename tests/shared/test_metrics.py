@@ -128,7 +128,7 @@ def test_two_hospitals_together() -> None:
 def test_tallies_that_cannot_be_merged() -> None:
     with pytest.raises(MetricsError, match="at least one"):
         merge_tallies([])
-    with pytest.raises(MetricsError, match="evaluation.replicates"):
+    with pytest.raises(MetricsError, match=r"evaluation\.replicates"):
         merge_tallies([tally_scores(made_scores(0), 10, rng()), tally_scores(made_scores(0), 20, rng())])
 
 
@@ -211,7 +211,7 @@ def test_the_lowest_of_equal_thresholds() -> None:
 def test_no_threshold_without_positives() -> None:
     counts = np.zeros((2, BINS), int)
     counts[0, 100] = 5
-    with pytest.raises(MetricsError, match="no positive validation slice.*more patients"):
+    with pytest.raises(MetricsError, match=r"no positive validation slice.*more patients"):
         best_threshold(counts)
 
 

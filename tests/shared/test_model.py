@@ -106,7 +106,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model.pretrained") as caught:
+    with pytest.raises(ModelError, match=r"model\.pretrained") as caught:
         load_pretrained(MultiTaskSwin(DEMO), tmp_path / "nowhere.safetensors")
     assert str(tmp_path / "nowhere.safetensors") in str(caught.value)
 

@@ -147,6 +147,13 @@ def test_dice_needs_a_mask(model: MultiTaskSwin, cache: SliceCache) -> None:
     assert ((dice[::2] >= 0) & (dice[::2] <= 1)).all()
 
 
+def test_a_probe_has_no_dice(model: MultiTaskSwin, heads: list[dict[str, Tensor]], cache: SliceCache) -> None:
+    probe = {name: value for name, value in heads[0].items() if name.startswith("cls.")}
+    scores = score(model, [probe], cache)
+    assert np.isnan(scores.dice).all()
+    np.testing.assert_array_equal(scores.logit, score(model, heads[:1], cache).logit)
+
+
 def test_unknown_labels_stay_unknown(model: MultiTaskSwin, cache: SliceCache) -> None:
     unknown = replace(cache, label=np.full(len(cache.label), np.nan, np.float32))
     scores = score(model, [], unknown)

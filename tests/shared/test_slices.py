@@ -20,7 +20,7 @@ def write_cache(folder: Path, slices: int = 3, **changes: int) -> Path:
     np.save(folder / "slices.npy", np.full((lengths["hu"], 224, 224), 40, dtype=np.int16))
     np.save(folder / "masks.npy", np.ones((lengths["masks"], 224, 224), dtype=np.uint8))
     labels, masked, splits = ("1", "0", "") * 2, ("1", "0", "1") * 2, ("train", "val", "test") * 2
-    with open(folder / "index.csv", "w", newline="") as file:
+    with (folder / "index.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in range(lengths["index"]):

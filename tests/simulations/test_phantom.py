@@ -109,7 +109,7 @@ def measured() -> Measured:
         values.skull_median.append(np.median(hu_YX[bone_YX]))
         values.skull_p95.append(np.percentile(hu_YX[bone_YX], 95))
         values.skull_max.append(hu_YX[bone_YX].max())
-        values.cortex.append(hu_YX[healthy_YX & (depth_YX > 2) & (depth_YX < 5)].mean())
+        values.cortex.append(np.median(hu_YX[healthy_YX & (depth_YX > 2) & (depth_YX < 5)]))
         values.depth.append(np.median(hu_YX[healthy_YX & (depth_YX > 30)]))
         smooth_YX = ndimage.gaussian_filter(hu_YX, 2)
         values.white.append(np.median(hu_YX[healthy_YX & (depth_YX > 14) & (smooth_YX > 24) & (smooth_YX < 31)]))

@@ -76,7 +76,9 @@ def test_a_wrong_key_is_refused(tmp_path: Path, key: str, text: str) -> None:
 )
 def test_a_wrong_preset_is_refused(tmp_path: Path, content: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        _run_config(preset(tmp_path, content), ["train.batch=8"] if content.startswith("train") else [], tmp_path, tmp_path)
+        _run_config(
+            preset(tmp_path, content), ["train.batch=8"] if content.startswith("train") else [], tmp_path, tmp_path
+        )
 
 
 def test_a_preset_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -92,15 +94,11 @@ def test_a_missing_preset_is_refused(tmp_path: Path, missing: str) -> None:
         _run_config(tmp_path / missing, [], tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize(("key", "option"), [("run.folder", "r"), ("simulation.hospitals", "h")])
-def test_folders_in_a_key_cannot_contradict_the_options(tmp_path: Path, key: str, option: str) -> None:
+@pytest.mark.parametrize(("key", "option"), [("run.folder", "runs"), ("simulation.hospitals", "hospitals")])
+def test_a_folder_in_a_key_is_refused_in_favour_of_the_option(tmp_path: Path, key: str, option: str) -> None:
     """Afterwards the command reads --runs and --hospitals, so a run elsewhere would show another run's result."""
-    try:
-        config = _run_config(DEMO, [f"{key}='/elsewhere'"], tmp_path / "h", tmp_path / "r")
-    except ConfigError as error:
-        assert key in str(error)
-    else:
-        assert flat(config)[key] == str(tmp_path / option)
+    with pytest.raises(ConfigError, match=f"{key}.*--{option}"):
+        _run_config(DEMO, [f"{key}='/elsewhere'"], tmp_path / "h", tmp_path / "r")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,166 @@
+"""What a hospital answers, through Flower's real ClientApp: the last code before anything leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import FAILED, REFUSED, app
+from shared.config import parse_config
+from shared.scoring import build_model
+from shared.wire import to_arrays, to_record
+from tests.conftest import SmallHospitals, edit_site, small_config
+
+NAME = "hospital-01"
+HEADS = ("cls", "seg", "rec")
+
+
+def ask(node: dict, kind: str, content: RecordDict | None = None, flat: dict | None = None) -> Message:
+    """Send one message to the ClientApp of a node."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(content or RecordDict(), dst_node_id=1, message_type=kind)
+    message.metadata.__dict__["_message_id"] = "1"
+    return app(message, Context(1, 1, node, RecordDict(), flat or small_config()))
+
+
+def model_record(groups: tuple[str, ...], flat: dict | None = None) -> ArrayRecord:
+    config = parse_config(flat or small_config())
+    return to_record(to_arrays(build_model(config.model, config.run.seed).state_dict(), groups))
+
+
+def train_order(**keys: object) -> RecordDict:
+    order = {"server-round": 1, "run": "test"} | keys
+    return RecordDict({"arrays": model_record(("encoder",)), "config": ConfigRecord(order)})
+
+
+def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
+    reply = ask({"site": str(hospitals.files[NAME])}, "query.hello")
+    assert dict(reply.content["facts"]) == {"site": NAME, "role": "train", "weight": 1.0, "protocol": 1, "withheld": ""}
+    cache = hospitals.cache(NAME)
+    counts = dict(reply.content["metrics"])
+    assert counts["slices"] == len(cache.label)
+    assert counts["positives"] == int(np.nansum(cache.label))
+    assert counts["training-slices"] == len(cache.rows("train"))
+
+
+def test_hello_withholds_counts_that_the_policy_keeps(copied_hospitals: SmallHospitals) -> None:
+    edit_site(copied_hospitals.files[NAME], policy={"metrics": False})
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "query.hello")
+    assert list(reply.content.keys()) == ["facts"]
+    assert reply.content["facts"]["withheld"] == "policy.metrics is false"
+
+
+def test_a_round_leaves_the_heads_on_the_hospitals_disk(copied_hospitals: SmallHospitals) -> None:
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
+    assert {n.split(".")[0] for n in reply.content["update"]} == {"encoder"}
+    kept = list((copied_hospitals.site(NAME).state / "runs" / "test").iterdir())
+    assert [path.name for path in kept] == ["round-00001.pt"]
+
+
+@pytest.mark.parametrize("group", HEADS)
+def test_heads_leave_only_if_the_policy_releases_them(copied_hospitals: SmallHospitals, group: str) -> None:
+    node = {"site": str(copied_hospitals.files[NAME])}
+    order = RecordDict({"config": ConfigRecord({"run": "test", "groups": group})})
+    assert {n.split(".")[0] for n in ask(node, "query.heads", order).content["update"]} == {group}
+    edit_site(copied_hospitals.files[NAME], policy={"release": ["encoder"], "min_patients": 1})
+    refused = ask(node, "query.heads", order)
+    assert refused.error.code == REFUSED
+    assert f"does not release tensor group '{group}'" in refused.error.reason
+    assert "policy.release" in refused.error.reason
+
+
+def test_counts_of_too_few_patients_are_refused(copied_hospitals: SmallHospitals) -> None:
+    edit_site(copied_hospitals.files[NAME], policy={"release": ["encoder"], "min_patients": 9})
+    content = RecordDict(
+        {
+            "arrays": model_record(("encoder",)),
+            "heads-average": model_record(HEADS),
+            "config": ConfigRecord({"split": "test", "replicates": 10}),
+        }
+    )
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "evaluate", content)
+    assert reply.error.code == REFUSED
+    assert "policy.min_patients (9)" in reply.error.reason
+
+
+def test_an_unforeseen_error_leaves_as_its_type_alone(copied_hospitals: SmallHospitals) -> None:
+    secret = "DOE^JANE 1950-01-01"
+    index = copied_hospitals.site(NAME).cache / "index.csv"
+    head, first, *rest = index.read_text().splitlines()
+    row = first.split(",")
+    row[head.split(",").index("label")] = secret
+    index.write_text("\n".join([head, ",".join(row), *rest]) + "\n")
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "query.hello")
+    assert reply.has_error()
+    assert reply.error.code == FAILED
+    assert "the site's own log" in reply.error.reason
+    assert "DOE" not in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"train.epoch": 1}, "did you mean 'train.epochs'"),
+        ({"model.variant": "default"}, "expected float32"),
+    ],
+)
+def test_an_order_that_does_not_fit_is_refused_with_the_reason(
+    copied_hospitals: SmallHospitals, change: dict, text: str
+) -> None:
+    node = {"site": str(copied_hospitals.files[NAME])}
+    reply = ask(node, "train", train_order(), small_config() | change)
+    assert reply.error.code == REFUSED
+    assert text in reply.error.reason
+
+
+def test_tensors_that_are_not_finite_are_refused_on_arrival(copied_hospitals: SmallHospitals) -> None:
+    content = train_order()
+    name = next(iter(content["arrays"]))
+    content["arrays"][name] = Array(content["arrays"][name].numpy() * np.float32("nan"))
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", content)
+    assert name in reply.error.reason
+    assert "not finite" in reply.error.reason
+
+
+@pytest.mark.parametrize("run", ["../../etc", "a/b", "", ".hidden", "x" * 200])
+def test_a_runs_name_cannot_leave_the_state_folder(copied_hospitals: SmallHospitals, run: str) -> None:
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order(run=run))
+    assert "run name" in reply.error.reason
+
+
+def test_a_held_out_hospital_does_not_train(hospitals: SmallHospitals) -> None:
+    reply = ask({"site": str(hospitals.files["hospital-05"])}, "train", train_order())
+    assert "role 'held-out' and does not train" in reply.error.reason
+
+
+def test_a_simulated_node_is_a_training_hospital(hospitals: SmallHospitals) -> None:
+    flat = small_config(simulation__hospitals=str(hospitals.root))
+    names = [ask({"partition-id": i}, "query.hello", flat=flat).content["facts"]["site"] for i in (0, 1)]
+    assert names == ["hospital-01", "hospital-02"]
+    beyond = ask({"partition-id": 2, "num-partitions": 3}, "query.hello", flat=flat)
+    assert "holds 2 training hospitals" in beyond.error.reason
+    assert "num-supernodes=2" in beyond.error.reason
+
+
+def test_a_deployed_node_takes_no_path_from_the_run_config(hospitals: SmallHospitals, tmp_path: Path) -> None:
+    flat = small_config(simulation__hospitals=str(tmp_path))
+    reply = ask({"site": str(hospitals.files[NAME]), "partition-id": 7}, "query.hello", flat=flat)
+    assert reply.content["facts"]["site"] == NAME
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        ({}, "no 'site' in its node config"),
+        ({"site": "nowhere/site.yaml"}, "no site file"),
+        ({"partition-id": 0}, "hemafed-sim"),
+    ],
+)
+def test_a_node_without_hospital_says_what_to_do(node: dict, text: str, tmp_path: Path) -> None:
+    reply = ask(node, "query.hello", flat=small_config(simulation__hospitals=str(tmp_path)))
+    assert reply.error.code == REFUSED
+    assert text in reply.error.reason

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydicom
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from client.cli import app, report_text
+from client.dicom import Fault, find_files
+from client.ingest import IngestReport
+from tests.conftest import SmallHospitals, edit_site
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit status and output, its line breaks undone."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_ingest_says_what_it_took(copied_hospitals: SmallHospitals) -> None:
+    file = copied_hospitals.files["hospital-05"]
+    site = copied_hospitals.site("hospital-05")
+    for path in site.cache.iterdir():
+        path.unlink()
+    status, text = run("ingest", file, "--workers", 2)
+    assert status == 0
+    labels = [line.split(",")[2] for line in site.labels.read_text().splitlines()[1:]]
+    assert (
+        f"hospital-05: 10 patients, 10 series, 30 slices: {labels.count('1')} with the marker, "
+        f"{labels.count('')} without label, 30 with a mask" in text
+    )
+    assert "left out" not in text
+    status, text = run("ingest", file)
+    assert status == 0
+    assert text.endswith("30 with a mask (unchanged)")
+
+
+def test_no_identifier_is_in_the_output(copied_hospitals: SmallHospitals) -> None:
+    site = copied_hospitals.site("hospital-01")
+    paths = list(find_files(site.images))
+    identifiers = set()
+    for path in paths:
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        identifiers |= {str(ds.PatientID), str(ds.PatientName)}
+        identifiers |= {str(ds.SOPInstanceUID), str(ds.SeriesInstanceUID), str(ds.StudyInstanceUID)}
+    # Faults of every kind, so that there is something to say.
+    cut = pydicom.dcmread(paths[0])
+    cut.PixelData = cut.PixelData[:100]
+    cut.save_as(paths[0])
+    twice = pydicom.dcmread(paths[4])
+    twice.SOPInstanceUID = "1.2.3"
+    twice.save_as(site.images / "second")  # two slices at one position
+    (site.images / "copy").write_bytes(paths[7].read_bytes())
+    seg = next(site.masks.iterdir())
+    (site.masks / "again.dcm").write_bytes(seg.read_bytes())
+    edit_site(copied_hospitals.files["hospital-01"], data={"images": "dicom/", "masks": "masks/"})
+    status, text = run("ingest", copied_hospitals.files["hospital-01"], "--workers", 2)
+    assert status == 0
+    for reason in ("pixels cannot be decoded", "at one position", "SOPInstanceUID is that of", "one SEG per series"):
+        assert reason in text
+    assert "10 patients" not in text  # one series is gone
+    unbroken = text.replace(" ", "")
+    assert [identifier for identifier in identifiers if identifier in unbroken] == []
+
+
+def test_a_missing_site_file(tmp_path: Path) -> None:
+    status, text = run("ingest", tmp_path / "site.yaml")
+    assert status == 1
+    assert "SiteError: no site file" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"site": "a"}, "'data' is missing"),
+        ({"site": "a", "data": {"images": "nowhere"}}, "there is no such folder"),
+        ({"site": "a", "data": {"images": "."}, "polcy": {}}, "did you mean 'policy'"),
+        ({"site": "a", "data": {"images": "."}}, "IngestError: site 'a': no CT series"),
+    ],
+)
+def test_a_site_that_cannot_be_ingested(tmp_path: Path, content: dict, message: str) -> None:
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(content))
+    status, text = run("ingest", tmp_path / "site.yaml")
+    assert status == 1
+    assert message in text
+
+
+def test_a_wrong_label_table_lists_its_lines(copied_hospitals: SmallHospitals) -> None:
+    labels = copied_hospitals.site("hospital-01").labels
+    labels.write_text("series_uid,sop_uid,hypodensity\n1.2,1.2,1\n1.3,1.2,1\n")
+    status, text = run("ingest", copied_hospitals.files["hospital-01"])
+    assert status == 1
+    assert "line 2: series 1.2 is not among the 10 series" in text
+    assert "line 3: series 1.3" in text
+
+
+def test_reasons_are_counted() -> None:
+    faults = (Fault("a", "blurred"), Fault("b", "torn"), Fault("c", "torn"))
+    lines = report_text("x", IngestReport(3, 1, 1, 1, 1, 0, faults)).splitlines()
+    assert lines == [
+        "x: 1 patients, 1 series, 3 slices: 1 with the marker, 1 without label, 0 with a mask",
+        "  left out 2: torn",
+        "  left out 1: blurred",
+    ]
+
+
+def test_without_a_command_there_is_help() -> None:
+    status, text = run("--help")
+    assert status == 0
+    assert "ingest" in text
+    assert run("nothing")[0] == 2

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, enforce, metrics_refusal
+from shared.metrics import Scores, tally_scores
+from shared.site import Policy, Site
+from shared.wire import tally_to_record, to_record
+
+
+def site(**rules: object) -> Site:
+    place = Path("/nowhere")
+    policy = replace(Policy(release=("encoder",), metrics=True, min_patients=5), **rules)
+    return Site("hospital-03", "train", 1.0, place, None, None, place, place, policy)
+
+
+def update(*names: str) -> ArrayRecord:
+    return to_record({name: np.zeros(2, np.float32) for name in names})
+
+
+def tally(patients: int) -> ArrayRecord:
+    count = max(patients, 1)
+    scores = Scores(np.zeros(count), np.zeros(count), np.ones(count), np.array([str(n) for n in range(count)]))
+    return tally_to_record(tally_scores(scores, 0, np.random.default_rng(0)))
+
+
+def reply(**records: object) -> RecordDict:
+    return RecordDict({FACTS: ConfigRecord({"site": "hospital-03", "withheld": ""}), **records})
+
+
+def test_a_whole_reply_passes_as_it_is() -> None:
+    content = reply(
+        **{
+            UPDATE: update("encoder.a", "encoder.b.weight"),
+            METRICS: MetricRecord({PATIENTS: 5, "slices": 40}),
+            TALLY: tally(5),
+        }
+    )
+    assert enforce(site(), content) is content
+    assert list(content[UPDATE]) == ["encoder.a", "encoder.b.weight"]
+
+
+def test_an_empty_reply_passes() -> None:
+    assert len(enforce(site(), RecordDict())) == 0
+
+
+@pytest.mark.parametrize("name", ["cls.weight", "seg.output.bias", "rec.norm.weight", "head.weight", "encoders.a", ""])
+def test_a_tensor_of_another_group_is_refused_with_the_remedy(name: str) -> None:
+    with pytest.raises(PolicyError, match=r"policy\.release") as caught:
+        enforce(site(), reply(update=update("encoder.a", name)))
+    assert repr(name.split(".")[0]) in str(caught.value)
+    assert "'hospital-03'" in str(caught.value)
+    assert "site.yaml" in str(caught.value)
+
+
+def test_heads_pass_where_they_are_released() -> None:
+    content = reply(update=update("encoder.a", "cls.weight", "seg.x", "rec.y"))
+    assert enforce(site(release=("encoder", "cls", "seg", "rec")), content) is content
+    with pytest.raises(PolicyError, match="'rec'"):
+        enforce(site(release=("encoder", "cls", "seg")), content)
+
+
+def test_a_hospital_that_releases_nothing_sends_no_encoder() -> None:
+    with pytest.raises(PolicyError, match="'encoder'"):
+        enforce(site(release=()), reply(update=update("encoder.a")))
+
+
+@pytest.mark.parametrize("record", [METRICS, TALLY])
+def test_numbers_are_refused_where_metrics_are_false(record: str) -> None:
+    records = {METRICS: MetricRecord({PATIENTS: 1000})} | ({TALLY: tally(20)} if record == TALLY else {})
+    with pytest.raises(PolicyError, match=r"policy\.metrics is false"):
+        enforce(site(metrics=False), reply(**records))
+
+
+@pytest.mark.parametrize(("patients", "passes"), [(0, False), (4, False), (5, True), (6, True)])
+def test_numbers_over_too_few_patients_are_refused(patients: int, passes: bool) -> None:
+    content = reply(metrics=MetricRecord({PATIENTS: patients, "cls": 0.5}))
+    assert (metrics_refusal(site(), patients) == "") == passes
+    if passes:
+        assert enforce(site(), content) is content
+    else:
+        with pytest.raises(PolicyError, match=r"fewer patients than policy\.min_patients \(5\)") as caught:
+            enforce(site(), content)
+        assert str(patients) not in str(caught.value).replace("hospital-03", "").replace("(5)", "")
+
+
+def test_numbers_without_a_count_of_patients_are_refused() -> None:
+    with pytest.raises(PolicyError, match="fewer patients"):
+        enforce(site(), reply(metrics=MetricRecord({"slices": 4000})))
+    with pytest.raises(PolicyError, match="fewer patients"):
+        enforce(site(), reply(tally=tally(50)))
+
+
+def test_a_tally_over_too_few_patients_is_refused_whatever_the_metrics_say() -> None:
+    """The counts themselves say how many patients they stand for."""
+    with pytest.raises(PolicyError, match="fewer patients"):
+        enforce(site(), reply(metrics=MetricRecord({PATIENTS: 50}), tally=tally(2)))
+
+
+def test_an_unknown_record_is_refused_by_name() -> None:
+    with pytest.raises(PolicyError, match="'pixels'"):
+        enforce(site(), reply(pixels=ArrayRecord({"x": Array(np.zeros(3, np.float32))})))
+    with pytest.raises(PolicyError, match="'heads'"):
+        enforce(site(), reply(heads=update("cls.weight")))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {FACTS: ArrayRecord({"cls.weight": Array(np.zeros(3, np.float32))})},
+        {FACTS: MetricRecord({"positives": 3})},
+        {UPDATE: ConfigRecord({"encoder.x": b"anything"})},
+        {UPDATE: MetricRecord({"encoder.x": 1.0})},
+        {METRICS: ConfigRecord({PATIENTS: 50, "names": "Doe"})},
+        {METRICS: ArrayRecord({PATIENTS: Array(np.array(50))})},
+        {METRICS: MetricRecord({PATIENTS: 50}), TALLY: ConfigRecord({"names": "Doe"})},
+    ],
+    ids=[
+        "tensors as facts",
+        "numbers as facts",
+        "text as update",
+        "numbers as update",
+        "text as metrics",
+        "tensor",
+        "text",
+    ],
+)
+def test_a_record_of_another_kind_is_refused(records: dict) -> None:
+    with pytest.raises(PolicyError):
+        enforce(site(), RecordDict(records))
+
+
+@pytest.mark.parametrize("fact", [{"positives": 3}, {"patients": 2}, {"names": "Doe^Jane"}, {"pixels": b"\x00"}])
+def test_a_fact_that_no_reply_has_is_refused(fact: dict) -> None:
+    """Facts are not counted as numbers over patients, so only public ones may be among them."""
+    with pytest.raises(PolicyError, match=next(iter(fact))):
+        enforce(site(metrics=False), RecordDict({FACTS: ConfigRecord({"site": "hospital-03", **fact})}))
+
+
+def test_every_fact_of_a_reply_passes_without_metrics() -> None:
+    facts = {
+        "site": "hospital-03",
+        "role": "train",
+        "weight": 1.0,
+        "protocol": 1,
+        "withheld": "policy.metrics is false",
+    }
+    content = RecordDict({FACTS: ConfigRecord(facts), UPDATE: update("encoder.a")})
+    assert enforce(site(metrics=False), content) is content
