@@ -46,7 +46,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% endfor %}</div>
 
 <h2>How good</h2>
-<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). F1 at the threshold that was best on the training hospitals' validation slices.{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
+<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). F1 at the threshold that was best on the training hospitals' validation slices (a dash if their policies kept those counts).{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
 <div class="scroll"><table><tr><th>Hospitals</th><th>Model</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th><th class="n">Slices</th><th class="n">Patients</th></tr>
 {% for row in main_rows %}<tr><td>{{ row.part }}</td><td>{{ row.stage }}</td>{% for m in row.metrics %}<td class="n">{{ m.value }} <span class="ci">{{ m.interval }}</span></td>{% endfor %}<td class="n">{{ row.slices }}</td><td class="n">{{ row.patients }}</td></tr>
 {% endfor %}</table></div>

@@ -174,14 +174,20 @@ def roc_points(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[
     return false_positive, true_positive
 
 
-def summarise(tally: Tally, threshold_bin: int) -> dict[str, Estimate]:
-    """AUC, F1 at a given threshold and mean Dice, each with its 95 % interval over patients."""
+def summarise(tally: Tally, threshold_bin: int | None) -> dict[str, Estimate]:
+    """AUC, F1 at a given threshold and mean Dice, each with its 95 % interval over patients.
+
+    Args:
+      tally: of one site, or of several merged.
+      threshold_bin: from best_threshold on validation slices; None where there were none, and then F1 is undefined.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         dice = tally.dice_sum / tally.dice_slices
     labelled = int(tally.counts[0].sum())
+    f1_rows = np.full(len(dice), np.nan) if threshold_bin is None else f1(tally.counts, threshold_bin)
     return {
         "auc": _estimate(auc(tally.counts), labelled, tally.patients),
-        "f1": _estimate(f1(tally.counts, threshold_bin), labelled, tally.patients),
+        "f1": _estimate(f1_rows, labelled, tally.patients),
         "dice": _estimate(dice, int(tally.dice_slices[0]), tally.patients),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 CONNECTION = "simulation"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+LAST_LINES = 25
 
 
 class SimulationError(RuntimeError):
@@ -110,7 +112,7 @@ def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise SimulationError(f"flower-superlink did not come up (exit status {process.poll()}):\n{tail(link.log)}")
+    raise SimulationError(f"flower-superlink did not come up (exit status {process.poll()}):\n{cause(link.log.read_text(errors='replace'))}")
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -157,17 +159,27 @@ def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, c
     try:
         run = json.loads(listed.stdout)["runs"][0]
     except (json.JSONDecodeError, KeyError, IndexError) as error:
-        raise SimulationError(f"'flwr run' started no run (exit status {done.returncode}):\n{tail(link.log)}") from error
+        raise SimulationError(f"'flwr run' started no run (exit status {done.returncode}):\n{cause(link.log.read_text(errors='replace'))}") from error
     if run["status"] != "finished:completed":
-        raise SimulationError(
-            f"Flower run {run['run-id']} is {run['status']} ({run.get('status-details') or 'no details'}):\n{tail(link.log)}"
+        shown = subprocess.run(
+            [link.flwr, "log", str(run["run-id"]), CONNECTION, "--show"],
+            env=link.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        raise SimulationError(f"Flower run {run['run-id']} is {run['status']}:\n{cause(shown.stdout or link.log.read_text())}")
     return int(run["run-id"])
 
 
-def tail(log: Path, lines: int = 25) -> str:
-    """The last lines of a log, from the last traceback on if there is one."""
-    text = log.read_text(errors="replace").splitlines()
-    starts = [number for number, line in enumerate(text) if "Traceback (most recent call last)" in line]
-    chosen = text[starts[-1] :] if starts else text
-    return "\n".join(chosen[-lines:])
+def cause(log: str) -> str:
+    """The last exception in a log, its text without the traceback; the last lines if there is none."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return "\n".join(lines[-LAST_LINES:])
+    after = lines[starts[-1] + 1 :]
+    first = next((number for number, line in enumerate(after) if line and not line[0].isspace()), 0)
+    text = [line for line in after[first:] if line.strip()]
+    end = next((number for number, line in enumerate(text) if "Exit Code" in line), len(text))
+    return "\n".join(text[:end][:LAST_LINES])

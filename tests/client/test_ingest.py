@@ -580,7 +580,7 @@ def test_a_damaged_cache_is_written_anew(tmp_path: Path, name: str, damage: str)
     assert (len(cache.label), report.unchanged) == (3, False)
 
 
-@pytest.mark.parametrize("cache", [".", "dicom", "dicom/cache", "state"])
+@pytest.mark.parametrize("cache", [".", "dicom", "state"])
 def test_a_cache_over_the_hospitals_own_files_is_refused(tmp_path: Path, cache: str) -> None:
     """The cache's folder is deleted and made anew; the hospital's images and key must survive a wrong site.yaml."""
     file = make_site(tmp_path, cache=cache)

@@ -190,6 +190,20 @@ def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: Small
     assert "hospital-02" in page
 
 
+def test_a_run_whose_hospitals_keep_every_number_still_trains_and_is_tested(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    for name in NAMES:
+        edit_site(copied_hospitals.files[name], policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": False})
+    folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
+    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
+    result = read_summary(folder)["evaluation"]
+    assert "seen" not in result
+    assert result["unseen"]["auc"]["value"] is not None
+    assert result["unseen"]["f1"]["value"] is None
+    assert write_report(folder).is_file()
+
+
 def test_sharing_all_needs_no_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
     folder, grid = run(copied_hospitals, tmp_path, federation__share="all", federation__rounds=1)
     assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
