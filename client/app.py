@@ -78,7 +78,9 @@ def find_site(context: Context) -> Site:
     if "site" in node:
         return read_site(Path(str(node["site"])))
     if "partition-id" not in node:
-        raise SiteError("this node has no 'site' in its node config; start it with --node-config 'site=\"/path/site.yaml\"'")
+        raise SiteError(
+            "this node has no 'site' in its node config; start it with --node-config 'site=\"/path/site.yaml\"'"
+        )
     folder = Path(parse_config(context.run_config).simulation.hospitals).absolute()
     sites = [read_site(path) for path in sorted(folder.glob("*/site.yaml"))]
     training = [site for site in sites if site.role == "train"]
@@ -152,9 +154,7 @@ def heads(message: Message, context: Context) -> Message:
     order = message.content["config"]
     wanted = tuple(str(order["groups"]).split(","))
     model, _, _ = _local_model(site, config, _run_name(order["run"]))
-    return _reply(
-        message, site, facts={"site": site.name}, update=to_record(to_arrays(model.state_dict(), wanted))
-    )
+    return _reply(message, site, facts={"site": site.name}, update=to_record(to_arrays(model.state_dict(), wanted)))
 
 
 @app.evaluate()

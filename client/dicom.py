@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import CTImageStorage
+from pydicom.uid import JPEG2000, CTImageStorage, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 AIR_HU = -1024  # what padding outside the reconstructed circle is clamped to
 MAX_HU = 3071  # the top of a 12-bit CT scale; metal beyond it carries no information
@@ -39,7 +39,11 @@ _TAGS = [
     "PixelSpacing",
     "ImagePositionPatient",
     "ImageOrientationPatient",
+    "LossyImageCompression",
 ]
+_OPTIONAL = {"FrameOfReferenceUID", "ImageType", "StudyInstanceUID", "LossyImageCompression"}
+# Syntaxes that lose information, or may; JPEG 2000 (.91) passes where the file says that it did not.
+_LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
 
 
 class DicomError(ValueError):
@@ -86,9 +90,9 @@ class CtSlice:
 
     @property
     def height_mm(self) -> float:
-        """Position along the slice's normal; what slices are ordered by."""
+        """Position along the slice's normal, towards the head; what slices are ordered by."""
         normal = np.cross(self.row_direction, self.column_direction)
-        return float(normal @ np.array(self.position_mm))
+        return float(np.sign(normal[2]) * (normal @ np.array(self.position_mm)))
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ def read_series(folder: Path) -> tuple[list[CtSeries], list[Fault]]:
         ordered = tuple(sorted(slices, key=lambda s: (s.height_mm, s.sop_uid)))
         heights = np.array([s.height_mm for s in ordered])
         if len(heights) > 1 and np.diff(heights).min() < 0.01:
-            faults.append(Fault(uid, f"two of {len(ordered)} slices at one position; expected one slice each; export them again"))
+            faults.append(
+                Fault(uid, f"two of {len(ordered)} slices at one position; expected one slice each; export them again")
+            )
         elif len({(s.row_direction, s.column_direction) for s in ordered}) > 1:
             faults.append(Fault(uid, "slices of different orientation; expected one orientation per series"))
         else:
@@ -153,19 +159,20 @@ def read_header(path: Path) -> CtSlice:
     Raises:
       DicomError: not DICOM, not a CT image, or a tag that the geometry needs is missing or malformed.
     """
-    try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-    except InvalidDicomError as error:
-        raise DicomError("not a DICOM file (no 'DICM' prefix)") from error
-    except (OSError, ValueError, AttributeError, EOFError, NotImplementedError) as error:
-        raise DicomError(f"cannot be read as DICOM ({type(error).__name__})") from error
+    ds = read_dataset(path, _TAGS)
     if ds.get("SOPClassUID") != CTImageStorage:
         raise DicomError(f"SOP class {getattr(ds.get('SOPClassUID'), 'name', None)!r}, expected CT Image Storage")
-    missing = [tag for tag in _TAGS if tag not in ("FrameOfReferenceUID", "ImageType", "StudyInstanceUID") and not ds.get(tag)]
+    missing = [tag for tag in _TAGS if tag not in _OPTIONAL and not ds.get(tag)]
     if missing:
         raise DicomError(f"without {', '.join(missing)}; expected in every CT image (PS3.3 A.3)")
+    syntax, lossy = ds.file_meta.get("TransferSyntaxUID", ""), str(ds.get("LossyImageCompression", ""))
+    if lossy == "01" or syntax in _LOSSY or (syntax == JPEG2000 and lossy != "00"):
+        name = getattr(syntax, "name", syntax)
+        raise DicomError(
+            f"lossy compression ({name}, LossyImageCompression {lossy!r}); expected a lossless export: it changes HU"
+        )
     try:
-        along = np.array(ds.ImageOrientationPatient, dtype=float).reshape(2, 3)
+        along = _numbers(ds.ImageOrientationPatient, 6).reshape(2, 3)
         header = CtSlice(
             path=path,
             sop_uid=str(ds.SOPInstanceUID),
@@ -173,8 +180,8 @@ def read_header(path: Path) -> CtSlice:
             frame_uid=str(ds.get("FrameOfReferenceUID", "")),
             patient_id=str(ds.PatientID),
             shape=(int(ds.Rows), int(ds.Columns)),
-            spacing_mm=tuple(float(v) for v in ds.PixelSpacing),
-            position_mm=tuple(float(v) for v in ds.ImagePositionPatient),
+            spacing_mm=tuple(_numbers(ds.PixelSpacing, 2).tolist()),
+            position_mm=tuple(_numbers(ds.ImagePositionPatient, 3).tolist()),
             row_direction=tuple(float(v) for v in along[0]),
             column_direction=tuple(float(v) for v in along[1]),
         )
@@ -187,9 +194,36 @@ def read_header(path: Path) -> CtSlice:
     normal = np.cross(header.row_direction, header.column_direction)
     if not 0.98 < np.linalg.norm(normal) < 1.02 or abs(normal[2]) < AXIAL_COSINE:
         raise DicomError(f"normal {np.round(normal, 2).tolist()}, expected an axial slice (near [0, 0, 1])")
+    if min(abs(header.row_direction[0]), abs(header.column_direction[1])) < AXIAL_COSINE:
+        raise DicomError(f"rows run along {header.row_direction}, expected left to right: the picture lies on its side")
     if not all(0.1 <= v <= 5 for v in header.spacing_mm):
         raise DicomError(f"PixelSpacing {header.spacing_mm} mm, expected 0.1 to 5")
     return header
+
+
+def read_dataset(path: Path, tags: list[str] | None = None) -> pydicom.Dataset:
+    """A file's elements without its pixels, every one of them decoded.
+
+    Raises:
+      DicomError: not DICOM, or damaged anywhere in what was asked for.
+    """
+    try:
+        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        for element in ds.iterall():  # pydicom decodes when asked, and a cut element fails only then
+            element.value  # noqa: B018
+    except InvalidDicomError as error:
+        raise DicomError("not a DICOM file (no 'DICM' prefix)") from error
+    except Exception as error:  # zlib.error, struct.error, BytesLengthException and others, by where it is cut
+        raise DicomError(f"cannot be read as DICOM ({type(error).__name__})") from error
+    return ds
+
+
+def _numbers(value: object, count: int) -> NDArray[np.float64]:
+    """A multi-valued element as exactly `count` finite numbers."""
+    numbers = np.array(value, dtype=float)
+    if numbers.shape != (count,) or not np.isfinite(numbers).all():
+        raise ValueError(f"{count} finite numbers expected")
+    return numbers
 
 
 def read_hu(path: Path) -> NDArray[np.float32]:

@@ -71,7 +71,9 @@ class _Ingested:
     faults: list[Fault]
 
 
-def ingest(site: Site, workers: int | None = None, progress: Callable[[int, int], None] = lambda d, n: None) -> IngestReport:
+def ingest(
+    site: Site, workers: int | None = None, progress: Callable[[int, int], None] = lambda d, n: None
+) -> IngestReport:
     """Write a hospital's slice cache, unless it is current.
 
     Args:
@@ -161,7 +163,7 @@ def read_labels(site: Site, series: list[CtSeries]) -> dict[str, dict[str, str]]
     with open(site.labels, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        table = list(reader)
+        table = [(reader.line_num, row) for row in reader]
     place = next((c for c in ("sop_uid", "slice_index") if c in columns), None)
     if "series_uid" not in columns or "hypodensity" not in columns or place is None:
         raise IngestError(
@@ -171,14 +173,16 @@ def read_labels(site: Site, series: list[CtSeries]) -> dict[str, dict[str, str]]
     by_uid = {s.uid: [one.sop_uid for one in s.slices] for s in series}
     labels: dict[str, dict[str, str]] = {}
     wrong = []
-    for line, row in enumerate(table, start=2):
-        uid, value = row["series_uid"].strip(), (row["hypodensity"] or "").strip()
+    for line, row in table:
+        uid, where, value = ((row[column] or "").strip() for column in ("series_uid", place, "hypodensity"))
         if uid not in by_uid:
             wrong.append(f"line {line}: series {short(uid)} is not among the {len(by_uid)} series in data.images")
             continue
-        image = _image_of(row[place].strip(), place, by_uid[uid])
+        image = _image_of(where, place, by_uid[uid])
         if image is None:
-            wrong.append(f"line {line}: {place} {short(row[place])} is not among the {len(by_uid[uid])} slices of its series")
+            wrong.append(
+                f"line {line}: {place} {short(where)} is not among the {len(by_uid[uid])} slices of its series"
+            )
         elif value not in ("", "0", "1"):
             wrong.append(f"line {line}: hypodensity {value!r}, expected 1, 0 or blank")
         elif labels.setdefault(uid, {}).setdefault(image, value) != value:
@@ -196,7 +200,7 @@ def _image_of(value: str, place: str, sop_uids: list[str]) -> str | None:
     """The SOP instance UID that a label row means; None if there is none."""
     if place == "sop_uid":
         return value if value in sop_uids else None
-    return sop_uids[int(value)] if value.isdigit() and int(value) < len(sop_uids) else None
+    return sop_uids[int(value)] if value.isdecimal() and int(value) < len(sop_uids) else None
 
 
 def _ingest_series(job: tuple[CtSeries, MaskFile | None, dict[str, str], str, bytes]) -> _Ingested:
@@ -259,9 +263,7 @@ def head_centre(images: list[tuple[CtSlice, NDArray[np.float32]]]) -> tuple[floa
     return tuple(float(v) for v in np.median(middles, axis=0))
 
 
-def resample(
-    pixels_YX: NDArray, image: CtSlice, centre_mm: tuple[float, float], fill: float
-) -> NDArray[np.float32]:
+def resample(pixels_YX: NDArray, image: CtSlice, centre_mm: tuple[float, float], fill: float) -> NDArray[np.float32]:
     """A slice on the cache's grid: 224 x 224 pixels of 1 mm around a centre, antialiased.
 
     Args:
@@ -339,9 +341,18 @@ def _write_index(folder: Path, rows: list[dict[str, str]], report: IngestReport,
 def _manifest(site: Site) -> str:
     """Hash of what the cache is made from: files by path, size and time, the role and this reader's settings."""
     digest = hashlib.sha256()
-    settings = {"format": FORMAT_VERSION, "split": SPLIT_SHARES, "role": site.role, "key": pseudonym(site.key(), "key", "")}
+    settings = {
+        "format": FORMAT_VERSION,
+        "split": SPLIT_SHARES,
+        "role": site.role,
+        "key": pseudonym(site.key(), "key", ""),
+    }
     digest.update(json.dumps(settings, sort_keys=True).encode())
-    files = [*find_files(site.images), *(find_files(site.masks) if site.masks else ()), *([site.labels] if site.labels else ())]
+    files = [
+        *find_files(site.images),
+        *(find_files(site.masks) if site.masks else ()),
+        *([site.labels] if site.labels else ()),
+    ]
     for path in files:
         stat = path.stat()
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -353,10 +364,13 @@ def _current_report(site: Site, manifest: str) -> IngestReport | None:
     head_file = site.cache / "cache.json"
     if not head_file.is_file():
         return None
-    head = json.loads(head_file.read_text())
-    if head.get("format") != FORMAT_VERSION or head.get("manifest") != manifest or head.get("faults"):
+    try:
+        head = json.loads(head_file.read_text())
+        if head.get("manifest") != manifest or head.get("faults"):
+            return None
+        read_cache(site.cache)
+    except ValueError:  # a damaged cache is written anew
         return None
-    read_cache(site.cache)
     counts = {key: head[key] for key in ("slices", "patients", "series", "positives", "unlabelled", "masked")}
     return IngestReport(**counts, faults=(), unchanged=True)
 

@@ -15,10 +15,11 @@ import highdicom
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
 from pydicom.uid import SegmentationStorage
 
-from client.dicom import CtSeries, DicomError, Fault, find_files
+from client.dicom import CtSeries, DicomError, Fault, find_files, read_dataset
+
+PLACE_TOLERANCE_MM = 0.1  # between a frame's corner and its image's; writers round positions
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,7 @@ def find_masks(folder: Path | None) -> tuple[dict[str, MaskFile], list[Fault]]:
 
 def _read_references(path: Path) -> MaskFile:
     """Which images a SEG refers to (PS3.3 A.51, C.12.4)."""
-    try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True)
-    except InvalidDicomError as error:
-        raise DicomError("not a DICOM file (no 'DICM' prefix)") from error
-    except (OSError, ValueError, AttributeError, EOFError, NotImplementedError) as error:
-        raise DicomError(f"cannot be read as DICOM ({type(error).__name__})") from error
+    ds = read_dataset(path)
     if ds.get("SOPClassUID") != SegmentationStorage:
         raise DicomError(f"SOP class {getattr(ds.get('SOPClassUID'), 'name', None)!r}, expected Segmentation Storage")
     series = ds.get("ReferencedSeriesSequence") or []
@@ -77,10 +73,24 @@ def _read_references(path: Path) -> MaskFile:
     segments = [str(s.get("SegmentLabel", "")) for s in ds.get("SegmentSequence") or []]
     if len(segments) != 1:
         raise DicomError(f"{len(segments)} segments {segments}, expected the hematoma alone")
-    images = series[0].get("ReferencedInstanceSequence") or []
-    return MaskFile(
-        path, str(series[0].SeriesInstanceUID), frozenset(str(image.ReferencedSOPInstanceUID) for image in images)
-    )
+    series_uid = series[0].get("SeriesInstanceUID")
+    images = [item.get("ReferencedSOPInstanceUID") for item in series[0].get("ReferencedInstanceSequence") or []]
+    if not series_uid or not images or not all(images):
+        raise DicomError(
+            "refers to a series or image without UID; expected SeriesInstanceUID and ReferencedSOPInstanceUID"
+        )
+    return MaskFile(path, str(series_uid), frozenset(map(str, images)))
+
+
+def _frame_places(seg: pydicom.Dataset) -> dict[str, list[tuple[float, ...]]]:
+    """Where the frames lie that are derived from each image (PS3.3 C.7.6.16.2.3, C.7.6.16.2.6)."""
+    places: dict[str, list[tuple[float, ...]]] = {}
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        position = frame.PlanePositionSequence[0].ImagePositionPatient
+        for derivation in frame.get("DerivationImageSequence") or []:
+            for source in derivation.get("SourceImageSequence") or []:
+                places.setdefault(str(source.ReferencedSOPInstanceUID), []).append(tuple(float(v) for v in position))
+    return places
 
 
 def read_masks(mask: MaskFile, series: CtSeries) -> dict[str, NDArray[np.uint8]]:
@@ -101,17 +111,29 @@ def read_masks(mask: MaskFile, series: CtSeries) -> dict[str, NDArray[np.uint8]]
             f"mask refers to {len(absent)} images that are not among the series' {len(by_uid)}; "
             "export the whole series, or remove the mask"
         )
+    wanted = sorted(mask.sop_uids)
     try:
         seg = highdicom.seg.segread(mask.path)
-        wanted = sorted(mask.sop_uids)
+        number = int(seg.SegmentSequence[0].SegmentNumber)
+        # Many writers do not declare that a frame lies where its image lies; _check_places looks for itself.
         pixels_NYX = seg.get_pixels_by_source_instance(
-            wanted, segment_numbers=[1], combine_segments=True, assert_missing_frames_are_empty=True
+            wanted,
+            segment_numbers=[number],
+            combine_segments=True,
+            assert_missing_frames_are_empty=True,
+            ignore_spatial_locations=True,
         )
+        places = _frame_places(seg)
     except Exception as error:  # highdicom raises many types for a damaged SEG
         raise DicomError(f"mask cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
     frame = str(seg.get("FrameOfReferenceUID", ""))
     masks = {}
     for uid, pixels_YX in zip(wanted, pixels_NYX, strict=True):
+        for position_mm in places.get(uid, ()):
+            if np.abs(np.subtract(position_mm, by_uid[uid].position_mm)).max() > PLACE_TOLERANCE_MM:
+                raise DicomError(
+                    f"a frame of the mask lies at {position_mm} mm, its image at {by_uid[uid].position_mm}"
+                )
         image = by_uid[uid]
         if pixels_YX.shape != image.shape:
             raise DicomError(f"mask is {pixels_YX.shape} pixels, its image {image.shape}; expected the same grid")

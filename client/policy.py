@@ -7,14 +7,16 @@ run config or message can change the policy; it is read from the hospital's own 
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.site import Site
 from shared.wire import group
 
 # Records of a reply. Tensors are under UPDATE; everything else that depends on patients is counted as metrics.
 UPDATE, TALLY, METRICS, FACTS = "update", "tally", "metrics", "facts"
-PATIENTS = "patients"  # key in METRICS: how many patients the reply's numbers stand for
+PATIENTS = "patients"  # key in METRICS and in TALLY: how many patients the reply's numbers stand for
+RECORDS = {UPDATE: ArrayRecord, TALLY: ArrayRecord, METRICS: MetricRecord, FACTS: ConfigRecord}
+PUBLIC_FACTS = {"site", "role", "weight", "protocol", "withheld"}
 
 
 class PolicyError(PermissionError):
@@ -41,9 +43,17 @@ def enforce(site: Site, content: RecordDict) -> RecordDict:
     Raises:
       PolicyError: it holds tensors that are not released, numbers that may not leave, or an unknown record.
     """
-    unknown = content.keys() - {UPDATE, TALLY, METRICS, FACTS}
+    for name, record in content.items():
+        if type(record) is not RECORDS.get(name):
+            raise PolicyError(
+                f"site {site.name!r} sends no {type(record).__name__} {name!r}; expected "
+                + ", ".join(f"{kind.__name__} {known!r}" for known, kind in RECORDS.items())
+            )
+    unknown = content.get(FACTS, {}).keys() - PUBLIC_FACTS
     if unknown:
-        raise PolicyError(f"site {site.name!r} sends no record {sorted(unknown)}; expected update, tally, metrics or facts")
+        raise PolicyError(
+            f"site {site.name!r} sends no facts {sorted(unknown)}; expected some of {sorted(PUBLIC_FACTS)}"
+        )
     for name in content.get(UPDATE, {}):
         if group(name) not in site.policy.release:
             raise PolicyError(
@@ -51,7 +61,10 @@ def enforce(site: Site, content: RecordDict) -> RecordDict:
                 f"{list(site.policy.release)}; use federation.share = 'encoder', or ask the site to change its site.yaml"
             )
     if TALLY in content or METRICS in content:
-        refusal = metrics_refusal(site, int(content.get(METRICS, {}).get(PATIENTS, 0)))
+        counts = [content[METRICS].get(PATIENTS, 0) if METRICS in content else 0]
+        if TALLY in content:
+            counts += content[TALLY][PATIENTS].numpy().tolist() if PATIENTS in content[TALLY] else [0]
+        refusal = metrics_refusal(site, int(min(counts)))
         if refusal:
             raise PolicyError(f"site {site.name!r} does not release these numbers: {refusal}")
     return content

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -193,16 +194,26 @@ class LocalState:
         rounds = [number for number in self._rounds() if before is None or number < before]
         if not rounds:
             return 0
-        saved = torch.load(self._path(rounds[-1]), weights_only=True, map_location=next(model.parameters()).device)
+        device = next(model.parameters()).device
         try:
-            unexpected = model.load_state_dict(saved["heads"], strict=False).unexpected_keys
-            if unexpected:
-                raise RuntimeError(f"unexpected {unexpected[:3]}")
+            saved = torch.load(self._path(rounds[-1]), weights_only=True, map_location=device)
+            if saved["heads"].keys() != {name for name in model.state_dict() if not name.startswith("encoder.")}:
+                raise KeyError("other heads")
+            model.load_state_dict(saved["heads"], strict=False)
             if optimiser is not None:
                 optimiser.load_state_dict(saved["optimiser"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            OSError,
+            UnpicklingError,
+        ) as error:
             raise TrainError(
-                f"the site's state of run {self.folder.name!r} does not fit the model variant ({type(error).__name__}); "
+                f"the site's state of run {self.folder.name!r} is damaged or does not fit the model ({type(error).__name__}); "
                 "start the run under a new run.id, or delete the run's folder in the site's state folder"
             ) from error
         return rounds[-1]

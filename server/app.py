@@ -27,7 +27,16 @@ from shared.model import MultiTaskSwin, load_pretrained
 from shared.scoring import build_model
 from shared.site import read_site
 from shared.slices import read_cache
-from shared.wire import Tensors, UpdateError, from_record, groups_shared, shapes_of, tally_from_record, to_arrays, to_record
+from shared.wire import (
+    Tensors,
+    UpdateError,
+    from_record,
+    groups_shared,
+    shapes_of,
+    tally_from_record,
+    to_arrays,
+    to_record,
+)
 
 app = ServerApp()
 
@@ -42,7 +51,9 @@ def main(grid: Grid, context: Context) -> None:
     if settings.heads == "probe" and not settings.development_site:
         raise ConfigError("federation.heads is 'probe' and federation.development_site is empty; give a site.yaml")
     if settings.heads == "ensemble" and settings.share == "all":
-        raise ConfigError("federation.heads is 'ensemble' and federation.share is 'all': the hospitals have one set of heads; use 'average'")
+        raise ConfigError(
+            "federation.heads is 'ensemble' and federation.share is 'all': the hospitals have one set of heads; use 'average'"
+        )
     run = open_run(config)
     say(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
 
@@ -104,7 +115,9 @@ def final_heads(
     if settings.heads == "probe":
         site = read_site(Path(settings.development_site))
         if site.role == "held-out":
-            raise ConfigError(f"federation.development_site {site.name!r} has role held-out; expected a site that no result comes from")
+            raise ConfigError(
+                f"federation.development_site {site.name!r} has role held-out; expected a site that no result comes from"
+            )
         model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
         return {"probe": fit_probe(model, read_cache(site.cache), config)}
     expected = shapes_of(to_arrays(model.state_dict(), HEADS))

@@ -64,7 +64,9 @@ def read_tensors(path: Path) -> tuple[dict[str, NDArray], dict[str, str]]:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path} is damaged ({error}); restore the file, or start a new run") from error
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({error}); restore the file, or start a new run"
+        ) from error
 
 
 def save_checkpoint(folder: Path, round_number: int, arrays: Tensors, strategy: FedAvg) -> None:

@@ -127,7 +127,9 @@ def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dic
     rows = cache.rows()[~np.isnan(cache.label)]
     labels = cache.label[rows].astype(int)
     if len(np.unique(labels)) < 2:
-        raise EvaluationError("the development site's labels are all alike; expected slices with and without the marker")
+        raise EvaluationError(
+            "the development site's labels are all alike; expected slices with and without the marker"
+        )
     features = []
     model.eval()
     with torch.no_grad(), autocast(config.train.precision, torch.device("cpu")):

@@ -63,7 +63,9 @@ def draw_examples(
     figure.savefig(path, dpi=110)
 
 
-def _draw_row(line: Sequence[Axes], model: MultiTaskSwin, site: str, cache: SliceCache, row: int, config: RunConfig) -> None:
+def _draw_row(
+    line: Sequence[Axes], model: MultiTaskSwin, site: str, cache: SliceCache, row: int, config: RunConfig
+) -> None:
     """One slice: its mask, the prediction, the reconstruction, where the classifier looks."""
     batch = make_batch(cache, np.array([row]), config.model.windows(), model.shape.image_size)
     with torch.no_grad(), autocast(config.train.precision, torch.device("cpu")):

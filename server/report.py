@@ -129,10 +129,14 @@ def _cards(summary: dict, before: dict, after: dict) -> list[dict[str, str]]:
     for part, title in (("seen", "AUC, hospitals that trained"), ("unseen", "AUC, unseen hospitals")):
         if part in after:
             now, was = metric_text(after[part]["auc"]), metric_text(before.get(part, {}).get("auc"))
-            cards.append({"title": title, "value": now["value"], "note": f"{now['interval']}, {was['value']} before training"})
+            cards.append(
+                {"title": title, "value": now["value"], "note": f"{now['interval']}, {was['value']} before training"}
+            )
     if "bytes_up_per_round" in summary:
         note = f"{summary['seconds_per_round']:.0f} s a round, {summary['rounds']} rounds"
-        cards.append({"title": "Sent by all hospitals in a round", "value": _size(summary["bytes_up_per_round"]), "note": note})
+        cards.append(
+            {"title": "Sent by all hospitals in a round", "value": _size(summary["bytes_up_per_round"]), "note": note}
+        )
     return cards
 
 
@@ -161,7 +165,9 @@ def _site_rows(summary: dict, after: dict) -> list[dict]:
     for site, counts in sorted(summary.get("sites", {}).items()):
         result = after.get("per_site", {}).get(site, {})
         shown = {key: counts.get(key, "–") for key in ("patients", "slices", "positives")}
-        rows.append({"site": site, "part": result.get("part", counts.get("role", "")), "metrics": _metrics(result), **shown})
+        rows.append(
+            {"site": site, "part": result.get("part", counts.get("role", "")), "metrics": _metrics(result), **shown}
+        )
     return rows
 
 
@@ -195,19 +201,32 @@ def _curves(rounds: list[dict]) -> Figure:
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     panels = figure.subplots(1, 4)
     names = sorted({name for line in rounds for name in line["sites"]})
-    titles = {"cls": "classification loss", "seg": "segmentation loss", "rec": "reconstruction loss", "val_auc_before": "validation AUC"}
+    titles = {
+        "cls": "classification loss",
+        "seg": "segmentation loss",
+        "rec": "reconstruction loss",
+        "val_auc_before": "validation AUC",
+    }
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         shift = 1 if key == "val_auc_before" else 0  # measured before the round
         for number, name in enumerate(names):
-            points = [(r["round"] - shift, r["sites"][name][key]) for r in rounds if r["sites"].get(name, {}).get(key) is not None]
+            points = [
+                (r["round"] - shift, r["sites"][name][key])
+                for r in rounds
+                if r["sites"].get(name, {}).get(key) is not None
+            ]
             if points:
-                axes.plot(*zip(*points, strict=True), color=SITE_COLOURS[number % len(SITE_COLOURS)], lw=1.4, label=name)
+                axes.plot(
+                    *zip(*points, strict=True), color=SITE_COLOURS[number % len(SITE_COLOURS)], lw=1.4, label=name
+                )
         if key == "rec":
             axes.set_yscale("log")
         _plain(axes, title, "round")
     if names:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8) or 1, frameon=False, fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(labels), 8) or 1, frameon=False, fontsize=8
+        )
     return figure
 
 
@@ -215,9 +234,14 @@ def _roc(run: Path) -> Figure:
     """ROC of both parts, before and after training."""
     figure = Figure(figsize=(8.4, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, (part, title, colour) in zip(panels, (("seen", "hospitals that trained", SEEN), ("unseen", "unseen hospitals", UNSEEN)), strict=True):
+    for axes, (part, title, colour) in zip(
+        panels, (("seen", "hospitals that trained", SEEN), ("unseen", "unseen hospitals", UNSEEN)), strict=True
+    ):
         axes.plot([0, 1], [0, 1], color="#d9dfe1", lw=1)
-        for stage, style, label in (("initial", {"color": QUIET, "ls": "--"}, "before training"), ("final", {"color": colour, "lw": 2}, "after training")):
+        for stage, style, label in (
+            ("initial", {"color": QUIET, "ls": "--"}, "before training"),
+            ("final", {"color": colour, "lw": 2}, "after training"),
+        ):
             tallies = load_tallies(run, stage, part)
             counts = merge_tallies(tallies.values()).counts[0] if tallies else np.zeros((2, 1))
             if counts.sum(axis=1).all():

@@ -37,7 +37,9 @@ def open_run(config: RunConfig) -> Path:
         if not (run / "config.toml").is_file():
             raise RunError(f"no run {name!r} in {root} to resume; check run.id and run.folder")
         if read_config(run).hash() != config.hash():
-            raise RunError(f"run {name!r} was made with another config; resume it with the keys of {run / 'config.toml'}")
+            raise RunError(
+                f"run {name!r} was made with another config; resume it with the keys of {run / 'config.toml'}"
+            )
     elif run.exists():
         raise RunError(f"run {name!r} exists in {root}; choose another run.id, or continue it with run.resume = true")
     (run / "checkpoint").mkdir(parents=True, exist_ok=True)

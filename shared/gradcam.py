@@ -33,5 +33,7 @@ def grad_cam(model: MultiTaskSwin, image_BCYX: Tensor, stage: int = STAGE) -> Te
         (slope_BYXD,) = torch.autograd.grad(logit, features)
     weight = slope_BYXD.mean((1, 2), keepdim=True)
     cam_BYX = (weight * features).sum(-1).relu().detach()
-    cam_BYX = functional.interpolate(cam_BYX[:, None], image_BCYX.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    cam_BYX = functional.interpolate(cam_BYX[:, None], image_BCYX.shape[-2:], mode="bilinear", align_corners=False)[
+        :, 0
+    ]
     return cam_BYX / cam_BYX.amax((1, 2), keepdim=True).clamp_min(1e-12)

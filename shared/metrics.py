@@ -97,7 +97,11 @@ def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> T
     dice_slices = np.bincount(owner[masked], minlength=len(patients))
     # How often each patient is drawn: once in row 0, multinomially in the others.
     n = len(patients)
-    drawn = np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)] if n else [np.ones((replicates + 1, 0))])
+    drawn = np.vstack(
+        [np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)]
+        if n
+        else [np.ones((replicates + 1, 0))]
+    )
     return Tally(
         counts=np.rint(drawn @ per_patient).astype(np.int64).reshape(-1, 2, BINS),
         dice_sum=drawn @ dice_sum,

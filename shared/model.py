@@ -74,6 +74,7 @@ class PatchExpand(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x_BYXD: Tensor) -> Tensor:
+        """(B, Y, X, D) to (B, scale Y, scale X, D_out)."""
         B, Y, X, _ = x_BYXD.shape
         s = self.scale
         x = self.expand(x_BYXD).view(B, Y, X, s, s, -1)
@@ -211,11 +212,15 @@ def load_pretrained(model: MultiTaskSwin, path: Path) -> list[str]:
       ModelError: no such file, or an encoder tensor is missing or of another shape.
     """
     if not path.is_file():
-        raise ModelError(f"model.pretrained is {str(path)!r}, and there is no such file on the server; correct the path")
+        raise ModelError(
+            f"model.pretrained is {str(path)!r}, and there is no such file on the server; correct the path"
+        )
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise ModelError(f"model.pretrained {path} is not a safetensors file ({error}); convert the weights first") from error
+        raise ModelError(
+            f"model.pretrained {path} is not a safetensors file ({error}); convert the weights first"
+        ) from error
     own = model.encoder.state_dict()
     projection = "patch_embed.proj.weight"
     if projection in weights and weights[projection].shape[1] == 3 != own[projection].shape[1]:

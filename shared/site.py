@@ -101,7 +101,13 @@ def read_site(path: Path) -> Site:
         raise SiteError(f"{path} is not YAML in UTF-8: {error}") from error
     top = _section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
     data = _section(path, "data.", top["data"], {"images", "masks", "labels"}, {"images"})
-    rules = _section(path, "policy.", {} if top.get("policy") is None else top["policy"], {"release", "metrics", "min_patients"}, set())
+    rules = _section(
+        path,
+        "policy.",
+        {} if top.get("policy") is None else top["policy"],
+        {"release", "metrics", "min_patients"},
+        set(),
+    )
 
     def place(key: str, value: Any) -> Path:
         return (path.parent / _typed(path, key, value, str)).resolve()
@@ -123,7 +129,9 @@ def read_site(path: Path) -> Site:
         raise SiteError(f"{path}: weight is {site.weight!r}, expected more than 0 and at most 1e6")
     for kept in (path, site.images, site.masks, site.labels, site.state):
         if kept is not None and kept.is_relative_to(site.cache):
-            raise SiteError(f"{path}: cache is {site.cache}, which holds {kept.name}; ingest deletes it: name a folder of its own")
+            raise SiteError(
+                f"{path}: cache is {site.cache}, which holds {kept.name}; ingest deletes it: name a folder of its own"
+            )
     for key, folder in (("data.images", site.images), ("data.masks", site.masks)):
         if folder is not None and not folder.is_dir():
             raise SiteError(f"{path}: {key} is {folder}, and there is no such folder; correct the path or mount it")

@@ -28,6 +28,8 @@ _SUBPLANES = 4  # planes averaged over the slice thickness (partial volume)
 
 AIR_HU, FAT_HU, SKIN_HU, WHITE_HU, GREY_HU, CSF_HU = -1000.0, -95.0, 35.0, 28.0, 37.0, 5.0
 
+AIR_NOISE = 2.6  # air is noisier than tissue by this factor, through scatter and streaks
+
 # A slice is called positive once the hypodensity is as large as a reader can name, and left without a
 # label (unknown) where there is some, but less.
 POSITIVE_AREA_MM2 = 14.0
@@ -179,7 +181,7 @@ def sample_patient(rng: np.random.Generator, cohort: Cohort) -> Patient:
         half_height_mm=rng.uniform(78, 92),
         skull_mm=rng.uniform(5.0, 8.5),
         diploe_hu=rng.uniform(550, 800),
-        table_hu=rng.uniform(1150, 1550),
+        table_hu=rng.uniform(1350, 1800),
         atrophy=float(np.clip(rng.normal(cohort.atrophy, 0.2), 0.4, 2.2)),
         pose=(np.deg2rad(rng.normal(0, cohort.pose_degree)), rng.normal(0, 3.0), rng.normal(0, 4.0)),
         lesion_centre_mm=(float(centre_x), float(centre_y), float(rng.uniform(-8, 22))),
@@ -268,10 +270,16 @@ def _head(patient: Patient, x: Array, y: Array, z: Array) -> tuple[Array, Array,
     level = np.sqrt(np.clip(1 - (z / patient.half_height_mm) ** 2, 0.05, 1))
     phi = np.arctan2(y, x)
     wave = patient.waves[:, 3]
-    outline = 1 + 0.012 * np.cos(2 * phi + wave[0]) + 0.01 * np.cos(3 * phi + wave[1]) + 0.006 * np.cos(5 * phi + wave[2])
+    outline = (
+        1 + 0.012 * np.cos(2 * phi + wave[0]) + 0.01 * np.cos(3 * phi + wave[1]) + 0.006 * np.cos(5 * phi + wave[2])
+    )
     # A point's distance from the centre and the skin's distance in the same direction.
     radius = np.hypot(x, y)
-    surface = outline * level / np.sqrt((np.cos(phi) / patient.half_width_mm) ** 2 + (np.sin(phi) / patient.half_length_mm) ** 2)
+    surface = (
+        outline
+        * level
+        / np.sqrt((np.cos(phi) / patient.half_width_mm) ** 2 + (np.sin(phi) / patient.half_length_mm) ** 2)
+    )
     below_skin = surface - radius
     scalp_mm = 5.5 + 1.2 * np.cos(phi + wave[3]) + 0.6 * np.cos(2 * phi + wave[4])
     skull_mm = patient.skull_mm * (1 + 0.15 * np.cos(2 * phi + wave[5])) / level**0.5
@@ -327,7 +335,7 @@ def _hematoma(
     Returns:
       HU, the hematoma's share of each pixel, the hypodensity's share of each pixel; float (256, 256).
     """
-    cx, cy, cz = patient.lesion_centre_mm
+    cx, cy, _ = patient.lesion_centre_mm
     margin = 1.5 * max(patient.lesion_radii_mm) + 10
     box = (np.abs(x - cx) < margin) & (np.abs(y - cy) < margin)
     rows, columns = np.nonzero(box.any(axis=1))[0], np.nonzero(box.any(axis=0))[0]
@@ -336,7 +344,10 @@ def _hematoma(
         return hu, clot_YX, dark_YX
     window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     offsets = (np.arange(_SUBPLANES) + 0.5) / _SUBPLANES - 0.5
-    parts = [_hematoma_plane(patient, hu[window], x[window], y[window], z[window] + o * scanner.thickness_mm) for o in offsets]
+    parts = [
+        _hematoma_plane(patient, hu[window], x[window], y[window], z[window] + o * scanner.thickness_mm)
+        for o in offsets
+    ]
     value, clot, dark = (np.mean(part, axis=0) for part in zip(*parts, strict=True))
     hu[window], clot_YX[window], dark_YX[window] = value, clot, dark
     return hu, clot_YX, dark_YX
@@ -403,8 +414,9 @@ def _blur_and_noise(hu: Array, scanner: Scanner, rng: np.random.Generator) -> Ar
     f = np.hypot(fy, fx)
     transfer = np.exp(-2 * (np.pi * scanner.blur_mm * f) ** 2)
     peak = scanner.noise_peak_per_mm
-    amplitude = np.sqrt((f / peak) * np.exp(1 - f / peak)) * np.exp(-((f / (3.2 * peak)) ** 2))
+    amplitude = (f / peak) * np.exp(-f / peak)  # its square, the power, has its maximum at the peak
     white = fft.rfft2(rng.standard_normal((MATRIX, MATRIX), dtype=np.float32))
     noise = fft.irfft2(white * amplitude, s=hu.shape)
     blurred = fft.irfft2(fft.rfft2(hu) * transfer, s=hu.shape)
-    return blurred + noise * np.float32(scanner.noise_hu / noise.std())
+    noise *= np.float32(scanner.noise_hu / noise.std())
+    return blurred + noise * np.where(blurred < -500, np.float32(AIR_NOISE), np.float32(1))

@@ -23,8 +23,8 @@ from server.evaluate import evaluate_unseen
 from server.report import write_report
 from server.runs import read_config, read_summary
 from shared.config import ConfigError, parse_config
-from shared.site import SiteError, read_site
-from simulations.sites import HOSPITALS, write_hospitals
+from shared.site import read_site
+from simulations.sites import write_hospitals
 from simulations.superlink import SimulationError, run_app, start_superlink
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,21 +100,37 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
     """
     try:
         config = tomllib.loads(preset.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"preset {preset} cannot be read ({error}); give a TOML file such as simulations/demo.toml") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"preset {preset} cannot be read ({error}); give a TOML file such as simulations/demo.toml"
+        ) from error
+    _check_sections(config, f"preset {preset}")
     for key in keys:
         try:
             part = tomllib.loads(key)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"--set {key!r} is not TOML ({error}); expected such as --set train.batch=8") from error
+        _check_sections(part, f"--set {key!r}")
         for section, values in part.items():
-            if not isinstance(values, dict):
-                raise ConfigError(f"--set {key!r}: expected section.key=value, such as train.batch=8")
             config[section] = config.get(section, {}) | values
-    config["run"] = {"folder": str(runs.absolute()), **config.get("run", {})}
-    config["simulation"] = {"hospitals": str(hospitals.absolute()), **config.get("simulation", {})}
+    for section, key, folder, option in (
+        ("run", "folder", runs, "--runs"),
+        ("simulation", "hospitals", hospitals, "--hospitals"),
+    ):
+        if key in config.get(section, {}):
+            raise ConfigError(
+                f"{section}.{key} is set in the preset or with --set; here the folder is given by {option}"
+            )
+        config[section] = config.get(section, {}) | {key: str(folder.absolute())}
     parse_config({f"{section}.{key}": value for section, values in config.items() for key, value in values.items()})
     return config
+
+
+def _check_sections(config: dict, source: str) -> None:
+    """Every top-level value must be a section of keys."""
+    for section, values in config.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {section} is {values!r}; expected section.key=value, such as train.batch=8")
 
 
 def _progress() -> Progress:

@@ -23,6 +23,7 @@ import yaml
 from pydicom import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
@@ -30,14 +31,12 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGLSLossless,
     RLELossless,
-    generate_uid,
 )
 
 from simulations.phantom import Cohort, Scanner, Slice, render_slice, sample_patient
 
 VERSION = 1  # of what is written; a folder of another version is written anew
 _DATE, _TIME = "20240101", "120000"
-_UID_PREFIX = "2.25."  # UUID-derived UIDs need no registration (PS3.5 B.2)
 TRANSFER_SYNTAXES = {
     "explicit": ExplicitVRLittleEndian,
     "implicit": ImplicitVRLittleEndian,
@@ -83,11 +82,15 @@ _SCANNER, _COHORT = Scanner(), Cohort()
 
 
 def _trains(number: int, maker: str, syntax: str, scanner: dict, cohort: dict, **other) -> Hospital:
-    return Hospital(number, "train", 64, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other)
+    return Hospital(
+        number, "train", 64, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other
+    )
 
 
 def _held_out(number: int, maker: str, syntax: str, scanner: dict, cohort: dict, **other) -> Hospital:
-    return Hospital(number, "held-out", 16, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other)
+    return Hospital(
+        number, "held-out", 16, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other
+    )
 
 
 # Hospitals 1 to 4 train. 5 to 11 lie outside of what they cover, each for its own reason: sharp and noisy; old, thick
@@ -98,7 +101,14 @@ HOSPITALS = (
         2,
         "Meridian",
         "rle",
-        {"field_of_view_mm": 245, "noise_hu": 3.4, "noise_peak_per_mm": 0.26, "blur_mm": 0.55, "offset_hu": 2, "holder_hu": 300},
+        {
+            "field_of_view_mm": 245,
+            "noise_hu": 3.4,
+            "noise_peak_per_mm": 0.26,
+            "blur_mm": 0.55,
+            "offset_hu": 2,
+            "holder_hu": 300,
+        },
         {"atrophy": 1.3, "prevalence": 0.45},
     ),
     _trains(
@@ -128,7 +138,12 @@ HOSPITALS = (
     ),
     _held_out(8, "Oldham", "deflated", {"offset_hu": 7, "cupping_hu": 11}, {"atrophy": 1.7}),
     _held_out(
-        9, "Meridian", "rle", {"offset_hu": -6, "field_of_view_mm": 250, "padding_hu": -3024}, {"prevalence": 0.6}, signed=True
+        9,
+        "Meridian",
+        "rle",
+        {"offset_hu": -6, "field_of_view_mm": 250, "padding_hu": -3024},
+        {"prevalence": 0.6},
+        signed=True,
     ),
     _held_out(10, "Kestrel", "explicit", {"tilt_degree": -22, "holder_hu": 600}, {"pose_degree": 14}),
     _held_out(
@@ -181,8 +196,9 @@ def write_hospitals(
 
 
 def uid(*parts: object) -> str:
-    """A UID made from names: the same parts give the same UID."""
-    return generate_uid(prefix=_UID_PREFIX, entropy_srcs=["hemafed", *map(str, parts)])
+    """A UID made from names, derived from a UUID (PS3.5 B.2): the same parts give the same UID."""
+    digest = hashlib.sha256("/".join(map(str, ("hemafed", *parts))).encode()).digest()
+    return UID(f"2.25.{int.from_bytes(digest[:16], 'big')}")
 
 
 def _write_patient(job: tuple[Path, Hospital, int, int]) -> list[tuple[str, str, str]]:
@@ -248,6 +264,7 @@ def ct_image(hospital: Hospital, seed: int, number: int, index: int, z_mm: float
     ds.FrameOfReferenceUID = uid(seed, hospital.name, number, "frame")
     ds.StudyID = "1"
     ds.SeriesNumber = 2
+    ds.AcquisitionNumber = 1
     ds.InstanceNumber = hospital.slices - index  # head to feet, as scanners number; the reader must not rely on it
     ds.PositionReferenceIndicator = ""
     ds.ImagePositionPatient = [f"{v:.4f}" for v in corner]

@@ -86,7 +86,15 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
     }
     environment.pop("PYTHONPATH", None)
     link = SuperLink(home, port, environment)
-    command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(binaries / "flower-superlink"),
+        "--insecure",
+        "--simulation",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with open(link.log, "w") as log:
         process = subprocess.Popen(
             [*command, "--disable-runtime-dependency-installation"],
@@ -112,7 +120,9 @@ def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise SimulationError(f"flower-superlink did not come up (exit status {process.poll()}):\n{cause(link.log.read_text(errors='replace'))}")
+    raise SimulationError(
+        f"flower-superlink did not come up (exit status {process.poll()}):\n{cause(link.log.read_text(errors='replace'))}"
+    )
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -159,7 +169,9 @@ def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, c
     try:
         run = json.loads(listed.stdout)["runs"][0]
     except (json.JSONDecodeError, KeyError, IndexError) as error:
-        raise SimulationError(f"'flwr run' started no run (exit status {done.returncode}):\n{cause(link.log.read_text(errors='replace'))}") from error
+        raise SimulationError(
+            f"'flwr run' started no run (exit status {done.returncode}):\n{cause(link.log.read_text(errors='replace'))}"
+        ) from error
     if run["status"] != "finished:completed":
         shown = subprocess.run(
             [link.flwr, "log", str(run["run-id"]), CONNECTION, "--show"],
@@ -168,7 +180,9 @@ def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, c
             text=True,
             check=False,
         )
-        raise SimulationError(f"Flower run {run['run-id']} is {run['status']}:\n{cause(shown.stdout or link.log.read_text())}")
+        raise SimulationError(
+            f"Flower run {run['run-id']} is {run['status']}:\n{cause(shown.stdout or link.log.read_text())}"
+        )
     return int(run["run-id"])
 
 

@@ -9,7 +9,10 @@ from shared.wire import UpdateError
 
 def updates(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
-    return [{"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=5).astype(np.float32)} for _ in range(count)]
+    return [
+        {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=5).astype(np.float32)}
+        for _ in range(count)
+    ]
 
 
 def folded(parts: list[dict], weights: list[float]) -> dict[str, np.ndarray]:

@@ -135,7 +135,11 @@ def test_the_same_seed_gives_the_same_run(copied_hospitals: SmallHospitals, tmp_
 def test_every_strategy_runs(strategy: str, copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
     rate = 0.001 if strategy == "fedadam" else 1.0
     folder, _ = run(
-        copied_hospitals, tmp_path, federation__strategy=strategy, federation__server_learning_rate=rate, federation__rounds=1
+        copied_hospitals,
+        tmp_path,
+        federation__strategy=strategy,
+        federation__server_learning_rate=rate,
+        federation__rounds=1,
     )
     assert read_summary(folder)["evaluation"]["seen"]["dice"]["value"] is not None
 
@@ -153,7 +157,11 @@ def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospital
         edit_site(copied_hospitals.files[name], policy={"release": ["encoder"], "min_patients": 1})
     development = str(copied_hospitals.files["hospital-01"])
     folder, grid = run(
-        copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=development, federation__rounds=1
+        copied_hospitals,
+        tmp_path,
+        federation__heads="probe",
+        federation__development_site=development,
+        federation__rounds=1,
     )
     assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
     result = read_summary(folder)["evaluation"]["seen"]
@@ -167,7 +175,9 @@ def test_a_probe_is_never_fitted_on_a_held_out_site(copied_hospitals: SmallHospi
         run(copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=held_out)
 
 
-def test_heads_that_a_policy_keeps_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+def test_heads_that_a_policy_keeps_stop_the_run_with_the_reason(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
     edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
     with pytest.raises(QuorumError, match=r"heads came from 1 hospitals[\s\S]*policy.release"):
         run(copied_hospitals, tmp_path, federation__rounds=1)
@@ -179,7 +189,7 @@ def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: Small
         copied_hospitals.files["hospital-02"],
         policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 100},
     )
-    folder, grid = run(copied_hospitals, tmp_path, federation__rounds=1)
+    folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
     summary, (line,) = read_summary(folder), read_rounds(folder)
     assert "patients" not in summary["sites"]["hospital-02"]
     assert "cls" in line["sites"]["hospital-01"]
@@ -244,7 +254,9 @@ def test_a_run_is_not_resumed_with_another_config(finished: Path, hospitals: Sma
 def test_a_hospital_that_trained_is_no_test(finished: Path, hospitals: SmallHospitals) -> None:
     before = (finished / "summary.json").read_text()
     with pytest.raises(EvaluationError, match="'hospital-01' has role 'train'"):
-        evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"], hospitals.files["hospital-01"]])
+        evaluate_unseen(
+            finished, read_config(finished), [hospitals.files["hospital-05"], hospitals.files["hospital-01"]]
+        )
     with pytest.raises(EvaluationError, match="stands twice"):
         evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"]] * 2)
     assert (finished / "summary.json").read_text() == before

@@ -122,7 +122,9 @@ def test_public_weights_decide_the_mean(two: SmallHospitals) -> None:
 
     def keep(asked: Message, reply: Message) -> Message:
         if asked.metadata.message_type == "train":
-            sent[asked.metadata.dst_node_id] = {n: a.numpy().astype(np.float64) for n, a in reply.content["update"].items()}
+            sent[asked.metadata.dst_node_id] = {
+                n: a.numpy().astype(np.float64) for n, a in reply.content["update"].items()
+            }
         return reply
 
     _, _, _, result = first_round(two, NAMES, small_config(), change=keep)
@@ -136,7 +138,9 @@ BAD_UPDATES = {
     "another shape": with_tensor("patch_embed.proj.bias", lambda v: v[:1]),
     "another dtype": with_tensor("patch_embed.proj.bias", lambda v: v.astype(np.float64)),
     "a tensor too few": spoil(2, lambda r: (r.content["update"].pop(next(iter(r.content["update"]))), r)[1]),
-    "a tensor too many": spoil(2, lambda r: (r.content["update"].update({"cls.bias": Array(np.zeros(1, np.float32))}), r)[1]),
+    "a tensor too many": spoil(
+        2, lambda r: (r.content["update"].update({"cls.bias": Array(np.zeros(1, np.float32))}), r)[1]
+    ),
     "no update": spoil(2, lambda r: (r.content.pop("update"), r)[1]),
     "another name": spoil(2, lambda r: (r.content.__setitem__("facts", ConfigRecord({"site": "hospital-07"})), r)[1]),
     "an error": spoil(2, lambda r: Message(Error(1002, "OSError while answering 'train'"), reply_to=r)),
@@ -236,7 +240,7 @@ def test_fedadam_moves_towards_the_mean_in_float32(two: SmallHospitals) -> None:
 
 def test_fedprox_tells_the_hospitals_its_mu(two: SmallHospitals) -> None:
     flat = small_config(federation__strategy="fedprox", federation__proximal_mu=0.5)
-    grid, _, _, strong = first_round(two, NAMES, flat)
+    grid, _, _, _ = first_round(two, NAMES, flat)
     trained = [m for m in grid.asked if m.metadata.message_type == "train"]
     assert {m.content["config"]["proximal-mu"] for m in trained} == {0.5}
 
