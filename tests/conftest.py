@@ -15,7 +15,8 @@ from client.ingest import ingest
 from shared.config import RunConfig, parse_config
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
-from simulations.sites import HOSPITALS, write_hospitals
+from simulations.hospitals import HOSPITALS
+from simulations.sites import write_hospitals
 
 torch.set_num_threads(1)
 

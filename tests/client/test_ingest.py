@@ -15,8 +15,9 @@ import yaml
 from scipy import ndimage
 
 from client.dicom import AIR_HU, find_files, read_header
-from client.ingest import SPLIT_SHARES, IngestError, IngestReport, ingest, pseudonym, resample, split_of
+from client.ingest import SPLIT_SHARES, IngestError, IngestReport, ingest, pseudonym, split_of
 from client.masks import find_masks
+from client.resample import resample
 from shared.site import Site, read_site
 from shared.slices import SIDE_PX, SliceCache, read_cache
 from tests.client.test_dicom import write_ct

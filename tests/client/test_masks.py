@@ -13,8 +13,10 @@ from pydicom.sr.codedict import codes
 
 from client.dicom import CtSeries, DicomError, read_series
 from client.masks import find_masks, read_masks
-from simulations.phantom import render_slice, sample_patient
-from simulations.sites import HOSPITALS, Hospital, ct_image, segmentation
+from simulations.export import ct_image, segmentation
+from simulations.hospitals import HOSPITALS, Hospital
+from simulations.patient import sample_patient
+from simulations.phantom import render_slice
 
 DCMQI = "QIICR+dcmqi/data/segmentations"
 HIGHDICOM = "ImagingDataCommons+highdicom/data/test_files"

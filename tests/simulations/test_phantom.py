@@ -8,18 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from simulations.phantom import (
-    MATRIX,
-    POSITIVE_AREA_MM2,
-    SIGNS,
-    SUSPECT_AREA_MM2,
-    Cohort,
-    Patient,
-    Scanner,
-    Slice,
-    render_slice,
-    sample_patient,
-)
+from simulations.patient import SIGNS, Cohort, Patient, sample_patient
+from simulations.phantom import MATRIX, POSITIVE_AREA_MM2, SUSPECT_AREA_MM2, Scanner, Slice, render_slice
 
 SCANNER = Scanner()
 STEP_MM = SCANNER.field_of_view_mm / MATRIX

@@ -24,8 +24,11 @@ from pydicom.uid import (
 
 from client.dicom import read_header, read_hu
 from shared.site import read_site
-from simulations.phantom import render_slice, sample_patient
-from simulations.sites import HOSPITALS, TRANSFER_SYNTAXES, Hospital, ct_image, uid, write_hospitals
+from simulations.export import TRANSFER_SYNTAXES, ct_image, uid
+from simulations.hospitals import HOSPITALS, Hospital
+from simulations.patient import sample_patient
+from simulations.phantom import render_slice
+from simulations.sites import write_hospitals
 
 SEED = 7
 # One per transfer syntax: 1 explicit, 2 rle, 3 jpeg2000 (signed, tilted), 4 implicit, 5 jpegls, 8 deflated.
