@@ -239,7 +239,7 @@ def _roc(run: Path) -> Figure:
     ):
         axes.plot([0, 1], [0, 1], color="#d9dfe1", lw=1)
         for stage, style, label in (
-            ("initial", {"color": QUIET, "ls": "--"}, "before training"),
+            ("initial", {"color": QUIET, "ls": "--", "lw": 1.2}, "before training"),
             ("final", {"color": colour, "lw": 2}, "after training"),
         ):
             tallies = load_tallies(run, stage, part)

@@ -29,7 +29,7 @@ def grad_cam(model: MultiTaskSwin, image_BCYX: Tensor, stage: int = STAGE) -> Te
         x_BYXD = features = stages[stage].requires_grad_(True)
         for layer in model.encoder.layers[stage + 1 :]:
             x_BYXD = layer(x_BYXD)
-        logit = model.cls(model.pool([x_BYXD])).sum()
+        logit = model.classify([x_BYXD]).sum()
         (slope_BYXD,) = torch.autograd.grad(logit, features)
     weight = slope_BYXD.mean((1, 2), keepdim=True)
     cam_BYX = (weight * features).sum(-1).relu().detach()

@@ -19,8 +19,7 @@ from sklearn.metrics import roc_curve
 
 # Score bins are equal steps of the logit, so that confident scores stay apart; beyond the ends they share a bin.
 LOGIT_LIMIT = 10.0
-BINS = 400
-BIN_EDGES = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, BINS + 1)
+BINS = 1000
 
 
 class MetricsError(ValueError):
@@ -88,7 +87,8 @@ def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> T
         raise MetricsError(f"{bad} of {len(scores.logit)} scores are not finite; the model has diverged: train it anew")
     patients, owner = np.unique(scores.patient, return_inverse=True)
     known = ~np.isnan(scores.label)
-    bins = np.clip(np.digitize(scores.logit, BIN_EDGES) - 1, 0, BINS - 1)
+    place = (scores.logit + LOGIT_LIMIT) / (2 * LOGIT_LIMIT) * BINS
+    bins = np.clip(np.floor(place), 0, BINS - 1).astype(np.int64)
     cell = np.where(known, scores.label, 0).astype(np.int64) * BINS + bins
     per_patient = np.zeros((len(patients), 2 * BINS))
     np.add.at(per_patient, (owner[known], cell[known]), 1)

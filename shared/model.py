@@ -166,7 +166,7 @@ class MultiTaskSwin(nn.Module):
         """All three tasks from one pass of the encoder."""
         stages = self.encode(image_BCYX)
         return Prediction(
-            hypodensity=self.cls(self.pool(stages))[:, 0],
+            hypodensity=self.classify(stages),
             hematoma=self.seg(stages)[:, 0],
             reconstruction=self.rec(stages),
         )
@@ -179,6 +179,11 @@ class MultiTaskSwin(nn.Module):
             x_BYXD = layer(x_BYXD)
             stages.append(x_BYXD)
         return stages
+
+    def classify(self, stages: list[Tensor]) -> Tensor:
+        """Hypodensity logit per slice, float32 (B,): bfloat16 would give slices that differ one score."""
+        with torch.autocast(stages[-1].device.type, enabled=False):
+            return self.cls(self.pool([stages[-1].to(self.cls.weight.dtype)]))[:, 0]
 
     def pool(self, stages: list[Tensor]) -> Tensor:
         """What the classification head sees: the normalised last stage, averaged over tokens; (B, D)."""

@@ -66,7 +66,7 @@ def score_slices(
         for state in sets:
             model.load_state_dict(state, strict=False)
             with autocast(precision, device):
-                marker, region_BYX = model.cls(model.pool(stages))[:, 0], model.seg(stages)[:, 0]
+                marker, region_BYX = model.classify(stages), model.seg(stages)[:, 0]
             probability += marker.float().sigmoid() / len(sets)
             hematoma_BYX += region_BYX.float().sigmoid() / len(sets)
         logits.append(probability.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY).logit())

@@ -47,14 +47,14 @@ def repeated(scores: Scores, times: int) -> Scores:
 
 
 def test_where_scores_are_counted() -> None:
-    logit = np.array([0.0, 0.049, 0.051, -50.0, 50.0, -0.001, 3.0])
+    logit = np.array([0.0, 0.019, 0.021, -50.0, 50.0, -0.001, 3.0])
     label = np.array([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, np.nan])
     nothing = np.full(7, np.nan)
     tally = tally_scores(Scores(logit, label, nothing, np.array(["a"] * 7)), 0, rng())
-    # 400 bins of 0.05 from -10: logit 0 opens bin 200, what lies outside falls into the end bins.
+    # 1000 bins of 0.02 from -10: logit 0 opens bin 500, what lies outside falls into the end bins.
     expected = np.zeros((1, 2, BINS), int)
-    expected[0, 1, [200, 399]] = [2, 1]
-    expected[0, 0, [201, 0, 199]] = 1
+    expected[0, 1, [500, 999]] = [2, 1]
+    expected[0, 0, [501, 0, 499]] = 1
     assert np.array_equal(tally.counts, expected)
     assert (tally.dice_sum.tolist(), tally.dice_slices.tolist(), tally.patients) == ([0.0], [0], 1)
 
@@ -72,7 +72,7 @@ def test_auc_and_f1_are_scikit_learns(seed: int, spread: float) -> None:
         label, bins = expand(tally.counts[row])
         assert len(np.unique(bins)) < len(bins)  # there are ties
         assert auc(tally.counts)[row] == pytest.approx(roc_auc_score(label, bins), abs=1e-12)
-        for threshold in (0, 195, 210, 230, 399):
+        for threshold in (0, 490, 520, 570, 999):
             expected = f1_score(label, bins >= threshold)
             assert f1(tally.counts, threshold)[row] == pytest.approx(expected, abs=1e-12)
 

@@ -172,7 +172,7 @@ def test_a_tally_arrives_as_it_was() -> None:
     [
         ("counts", np.full((5, 2, BINS), -1, np.int32), "tally counts: expected finite values of at least 0"),
         ("counts", np.zeros((5, 2, BINS), np.int64), "tally counts: int64"),
-        ("counts", np.zeros((4, 2, BINS), np.int32), "tally counts: int32 .4, 2, 400., expected int32 .5, 2, 400."),
+        ("counts", np.zeros((4, 2, BINS), np.int32), "tally counts: int32 .4, 2, 1000., expected int32 .5, 2, 1000."),
         ("dice_sum", np.full(5, np.nan), "tally dice_sum: expected finite"),
         ("dice_sum", np.full(5, np.inf), "tally dice_sum: expected finite"),
         ("dice_sum", np.zeros(6), r"tally dice_sum: float64 \(6,\), expected float64 \(5,\)"),
@@ -188,7 +188,7 @@ def test_a_wrong_tally_is_named(name: str, value: np.ndarray, text: str) -> None
 
 
 def test_a_tally_of_other_replicates_is_refused() -> None:
-    with pytest.raises(UpdateError, match=r"expected int32 \(101, 2, 400\)"):
+    with pytest.raises(UpdateError, match=r"expected int32 \(101, 2, 1000\)"):
         tally_from_record(tally_to_record(small_tally()), replicates=100)
 
 
