@@ -2,7 +2,7 @@
 
 In: a Site. Out: the cache of shared/slices, written beside the old one and swapped in whole, and a report of what
 was taken and what was left out. Patients and series become keyed hashes here; names, dates and identifiers go no
-further. The split is decided per patient by that hash, so it never changes when patients are added.
+further. The split is decided once per patient and kept, so nobody moves to the test when patients are added.
 
 Nothing here leaves the hospital. Shape suffixes: N slice, Y row, X column.
 """
@@ -15,7 +15,8 @@ import hmac
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from client.resample import head_centre, resample, touches_edge
 from shared.site import Site
 from shared.slices import COLUMNS, FORMAT_VERSION, SIDE_PX, read_cache
 
-SPLIT_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
 class IngestError(ValueError):
@@ -97,7 +98,8 @@ def ingest(
         mask_faults.append(Fault(masks[uid].path.name, f"refers to series {short(uid)}, which is not in data.images"))
     labels = read_labels(site, series)
     key = site.key()
-    jobs = [(one, masks.get(one.uid), labels.get(one.uid, {}), site.role, key) for one in series]
+    splits = _kept_splits(site, {pseudonym(key, "patient", s.patient_id) for one in series for s in one.slices})
+    jobs = [(one, masks.get(one.uid), labels.get(one.uid, {}), splits, key) for one in series]
     partial = site.cache.with_name(site.cache.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -132,14 +134,36 @@ def pseudonym(key: bytes, kind: str, identifier: str) -> str:
     return hmac.new(key, f"{kind}/{identifier}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def split_of(patient: str) -> str:
-    """The split of a patient, from its hash alone."""
-    place, edge = int(patient[:8], 16) / 2**32, 0.0
-    for split, share in SPLIT_SHARES.items():
-        edge += share
-        if place < edge:
-            return split
-    return "test"
+def assign_splits(patients: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
+    """The split of every patient: who has one keeps it, who is new goes where most are missing.
+
+    Args:
+      patients: hashes; new ones are taken in their order, which says nothing about the patient.
+      known: hash -> split of earlier ingests, so that nobody moves from training to test when patients are added.
+    Returns:
+      Hash -> split, of known and new patients; the shares are those of SPLIT_SHARES, to within one patient of the new.
+    """
+    splits = dict(known)
+    counts = Counter(splits.values())
+    for patient in sorted(set(patients) - splits.keys()):
+        total = len(splits) + 1
+        split = max(SPLIT_SHARES, key=lambda name: SPLIT_SHARES[name] * total - counts[name])
+        splits[patient] = split
+        counts[split] += 1
+    return splits
+
+
+def _kept_splits(site: Site, patients: Iterable[str]) -> dict[str, str]:
+    """Splits of a training hospital's patients, kept in its state folder; another role's patients are all test."""
+    if site.role != "train":
+        return dict.fromkeys(patients, "test")
+    path = site.state / "splits.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    splits = assign_splits(patients, known)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(splits, indent=1))
+    os.replace(partial, path)
+    return splits
 
 
 def read_labels(site: Site, series: list[CtSeries]) -> dict[str, dict[str, str]]:
@@ -199,9 +223,9 @@ def _image_of(value: str, place: str, sop_uids: list[str]) -> str | None:
     return sop_uids[int(value)] if value.isdecimal() and int(value) < len(sop_uids) else None
 
 
-def _ingest_series(job: tuple[CtSeries, MaskFile | None, dict[str, str], str, bytes]) -> _Ingested:
+def _ingest_series(job: tuple[CtSeries, MaskFile | None, dict[str, str], dict[str, str], bytes]) -> _Ingested:
     """Read, resample and describe one series; runs in a worker process."""
-    series, mask_file, labels, role, key = job
+    series, mask_file, labels, splits, key = job
     faults, masks = [], {}
     if mask_file is not None:
         try:
@@ -230,7 +254,7 @@ def _ingest_series(job: tuple[CtSeries, MaskFile | None, dict[str, str], str, by
                 "spacing_mm": f"{series.spacing_mm:.2f}",
                 "label": labels.get(one.sop_uid, ""),
                 "has_mask": "0" if mask_YX is None else "1",
-                "split": split_of(patient) if role == "train" else "test",
+                "split": splits[patient],
                 "flags": "head-cut" if touches_edge(hu[-1]) else "",
             }
         )

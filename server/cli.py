@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from shared.site import SiteError
 from shared.slices import CacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What the coordinating centre does.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
 
 

@@ -7,8 +7,10 @@ reply is refused by the name of its site, and a round below quorum stops the run
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -212,7 +214,8 @@ def train_round(
     asked = {m.node_id: m for m in members}
     order = ConfigRecord({"run": run})
     # Flower's strategy adds its own keys (proximal-mu) and remembers the tensors that it sends.
-    prepared = strategy.configure_train(round_number, record, order, grid)
+    with _quiet_flower():
+        prepared = list(strategy.configure_train(round_number, record, order, grid))
     messages = {asked[m.metadata.dst_node_id].site: m for m in prepared if m.metadata.dst_node_id in asked}
     weights = {m.site: m.weight for m in members}
     expected = shapes_of(arrays)
@@ -268,9 +271,22 @@ def _server_step(strategy: FedAvg, round_number: int, average: Tensors, expected
     """Flower's strategy applied to the mean; float32 whatever it computes in."""
     content = RecordDict({"arrays": to_record(average), "metrics": MetricRecord({"weight": 1.0})})
     reply = Message(content, dst_node_id=0, message_type="train")
-    arrays, _ = strategy.aggregate_train(round_number, [reply])
+    with _quiet_flower():
+        arrays, _ = strategy.aggregate_train(round_number, [reply])
     stepped = {name: array.numpy().astype("float32") for name, array in arrays.items()}
     return from_record(to_record(stepped), expected)
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Keep Flower's strategy from logging that it received one result: that one is the mean of the round."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def record_bytes(record: ArrayRecord) -> int:

@@ -45,7 +45,7 @@ class ModelShape:
 VARIANTS = {
     "default": ModelShape(),
     "tiny": ModelShape(depths=(2, 2, 6, 2)),
-    "demo": ModelShape(channels=32, heads=(1, 2, 4, 8), image_size=96, window_size=6, drop_path=0.0, decoder_depth=1),
+    "demo": ModelShape(channels=16, heads=(1, 2, 4, 8), image_size=96, window_size=6, drop_path=0.0, decoder_depth=1),
 }
 
 

@@ -44,7 +44,7 @@ _SCANNER, _COHORT = Scanner(), Cohort()
 
 def _trains(number: int, maker: str, syntax: str, scanner: dict, cohort: dict, **other) -> Hospital:
     return Hospital(
-        number, "train", 64, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other
+        number, "train", 72, replace(_SCANNER, **scanner), replace(_COHORT, **cohort), maker, syntax, **other
     )
 
 

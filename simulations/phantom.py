@@ -33,9 +33,9 @@ AIR_HU, FAT_HU, SKIN_HU, WHITE_HU, GREY_HU, CSF_HU = -1000.0, -95.0, 35.0, 28.0,
 AIR_NOISE = 2.6  # air is noisier than tissue by this factor, through scatter and streaks
 
 # A slice is called positive once the hypodensity is as large as a reader can name, and left without a
-# label (unknown) where there is some, but less.
-POSITIVE_AREA_MM2 = 14.0
-SUSPECT_AREA_MM2 = 2.0
+# label (unknown) where there is some, but less: 30 mm2 is a spot of 6 mm.
+POSITIVE_AREA_MM2 = 30.0
+SUSPECT_AREA_MM2 = 3.0
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from simulations.superlink import SimulationError, run_app, start_superlink
 
 ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Synthetic hospitals and studies on them.")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are written")]
 Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]

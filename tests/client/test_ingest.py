@@ -15,7 +15,7 @@ import yaml
 from scipy import ndimage
 
 from client.dicom import AIR_HU, find_files, read_header
-from client.ingest import SPLIT_SHARES, IngestError, IngestReport, ingest, pseudonym, split_of
+from client.ingest import SPLIT_SHARES, IngestError, IngestReport, assign_splits, ingest, pseudonym
 from client.masks import find_masks
 from client.resample import resample
 from shared.site import Site, read_site
@@ -480,11 +480,28 @@ def test_a_change_of_role_is_noticed(copied_hospitals: SmallHospitals) -> None:
 
 
 def test_the_splits_shares_are_kept() -> None:
-    splits = [split_of(pseudonym(b"k" * 32, "patient", str(n))) for n in range(3000)]
-    for split, share in SPLIT_SHARES.items():
-        assert splits.count(split) / 3000 == pytest.approx(share, abs=0.03)
-    assert (split_of("00000000" + "0" * 8), split_of("ffffffff" + "0" * 8)) == ("train", "test")
-    assert (split_of("99999999" + "0" * 8), split_of("9999999a" + "0" * 8)) == ("train", "val")  # 0.6 of 2^32
+    patients = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(100)]
+    for count in (1, 2, 10, 47, 100):
+        splits = list(assign_splits(patients[:count], {}).values())
+        for split, share in SPLIT_SHARES.items():
+            assert abs(splits.count(split) - share * count) <= 1
+
+
+def test_nobody_moves_when_patients_are_added() -> None:
+    patients = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(60)]
+    first = assign_splits(patients[:40], {})
+    later = assign_splits(patients, first)
+    assert {patient: later[patient] for patient in first} == first
+    assert assign_splits(reversed(patients), first) == later, "the order of files decides nothing"
+
+
+def test_splits_outlive_the_cache(copied_hospitals: SmallHospitals) -> None:
+    site, before = copied_hospitals.site("hospital-01"), copied_hospitals.cache("hospital-01")
+    kept = json.loads((site.state / "splits.json").read_text())
+    shutil.rmtree(site.cache)
+    ingest(site, workers=1)
+    after = copied_hospitals.cache("hospital-01")
+    assert after.split.tolist() == before.split.tolist() == [kept[patient] for patient in after.patient]
 
 
 # Doing it again

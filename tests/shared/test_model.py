@@ -146,9 +146,9 @@ def test_every_parameter_learns() -> None:
     [
         ("default", 1, {"encoder": 20_410_314, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
         ("tiny", 1, {"encoder": 27_516_282, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
-        ("demo", 1, {"encoder": 2_278_478, "cls": 257, "seg": 494_064, "rec": 494_064}),
+        ("demo", 1, {"encoder": 575_038, "cls": 129, "seg": 125_088, "rec": 125_088}),
         # A second window: 32 x 4 x 4 weights more in the embedding, 32 weights and a bias more in the output.
-        ("demo", 2, {"encoder": 2_278_990, "cls": 257, "seg": 494_064, "rec": 494_097}),
+        ("demo", 2, {"encoder": 575_294, "cls": 129, "seg": 125_088, "rec": 125_105}),
     ],
 )
 def test_sizes_and_groups(variant: str, windows: int, expected: dict[str, int]) -> None:
