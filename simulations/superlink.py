@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONNECTION = "simulation"
+LOG = "superlink.log"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 LAST_LINES = 25
@@ -39,11 +40,13 @@ class SuperLink:
     Attributes:
       home: its FLWR_HOME, with its log.
       port: on loopback.
+      pid: its process, which leads a session of its own.
       environment: for `flwr` commands that talk to it.
     """
 
     home: Path
     port: int
+    pid: int
     environment: dict[str, str]
 
     @property
@@ -54,7 +57,7 @@ class SuperLink:
     @property
     def log(self) -> Path:
         """Everything that the SuperLink, the ServerApp and the clients wrote."""
-        return self.home / "superlink.log"
+        return self.home / LOG
 
 
 @contextmanager
@@ -85,7 +88,6 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     environment.pop("PYTHONPATH", None)
-    link = SuperLink(home, port, environment)
     command = [
         str(binaries / "flower-superlink"),
         "--insecure",
@@ -95,7 +97,7 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
         "--port",
         str(port),
     ]
-    with open(link.log, "w") as log:
+    with open(home / LOG, "w") as log:
         process = subprocess.Popen(
             [*command, "--disable-runtime-dependency-installation"],
             cwd=neutral,
@@ -104,6 +106,7 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    link = SuperLink(home, port, process.pid, environment)
     try:
         _wait_until_up(process, link)
         yield link

@@ -17,7 +17,7 @@ from server.checkpoint import load_checkpoint
 from server.evaluate import evaluate_unseen
 from server.report import write_report
 from server.runs import read_config, read_rounds, read_summary
-from simulations.superlink import CONNECTION, SimulationError, SuperLink, run_app, start_superlink
+from simulations.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server
 
@@ -31,11 +31,6 @@ def nested(flat: dict) -> dict:
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
     return sections
-
-
-def leader_of(link: SuperLink) -> int:
-    """Process id of a SuperLink."""
-    return int(subprocess.check_output(["pgrep", "-f", f"flower-superlink.*{link.port}"], text=True).split()[0])
 
 
 def children_of_session(pid: int) -> list[int]:
@@ -58,7 +53,7 @@ def test_flower_runs_the_same_training_and_nothing_stays(copied_hospitals: Small
     chosen = tmp_path / "run.toml"
     chosen.write_text(tomli_w.dumps(nested(flat)))
     with start_superlink(tmp_path / "flwr") as link:
-        leader = leader_of(link)
+        leader = link.pid
         run_id = run_app(link, ROOT, chosen, supernodes=2)
         listed = subprocess.run([link.flwr, "list", CONNECTION], env=link.environment, capture_output=True, text=True)
         log = subprocess.run(
@@ -113,7 +108,7 @@ def test_a_superlink_ends_with_an_interrupted_block(tmp_path: Path) -> None:
 
     def interrupted() -> None:
         with start_superlink(tmp_path) as link:
-            leaders.append(leader_of(link))
+            leaders.append(link.pid)
             os.kill(leaders[0], 0)
             raise KeyboardInterrupt
 
