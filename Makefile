@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+.DELETE_ON_ERROR:
 .PHONY: simulate test hospitals clean
 
 simulate: $(VENV)/app.done

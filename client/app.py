@@ -23,9 +23,9 @@ from client.train import LocalState, TrainError, build_optimiser, round_seed, tr
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
-from shared.scoring import build_model, score_slices
+from shared.scoring import best_device, build_model, score_slices
 from shared.site import Site, SiteError, read_site
-from shared.slices import SPLITS, CacheError, SliceCache, read_cache
+from shared.slices import CacheError, SliceCache, read_cache
 from shared.wire import (
     PROTOCOL_VERSION,
     UpdateError,
@@ -39,9 +39,14 @@ from shared.wire import (
 
 log = logging.getLogger("hemafed.client")
 
-# Their texts are written to be read at the server: no patient, no path below a patient's folder.
-_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, SiteError, CacheError, MetricsError)
+# Their texts are written to be read at the server: no patient, no path.
+_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, MetricsError)
+_CLOSED = {
+    SiteError: "the site.yaml of this node cannot be used; the site's own log has the cause",
+    CacheError: "the slice cache of this site cannot be used: run 'hemafed-client ingest' there; its own log has the cause",
+}
 REFUSED, FAILED = 1001, 1002  # error codes of ours; Flower's own are below 100
+MOST_REPLICATES = 2000  # 32 MB of counts
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -59,6 +64,11 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
     except _SPEAKING as error:
         log.error("refused: %s", error)
         return Message(Error(REFUSED, str(error)), reply_to=message)
+    except (SiteError, CacheError) as error:  # these name folders, or what stands in a wrong file
+        log.error("refused: %s", error)
+        return Message(
+            Error(REFUSED, str(error) if "site" not in context.node_config else _CLOSED[type(error)]), reply_to=message
+        )
     except Exception as error:  # its text may hold anything, so it stays here
         log.exception("failed")
         reason = f"{type(error).__name__} while answering {message.metadata.message_type!r}; the site's own log has the cause"
@@ -98,14 +108,12 @@ def find_site(context: Context) -> Site:
 def hello(message: Message, context: Context) -> Message:
     """Who are you? Out go the site's public name, role and weight and, if the policy allows, three counts."""
     site, cache = find_site(context), read_cache(find_site(context).cache)
-    rows = cache.rows("train") if site.role == "train" else cache.rows()
     patients = len(np.unique(cache.patient))
     facts = {"site": site.name, "role": site.role, "weight": site.weight, "protocol": PROTOCOL_VERSION}
     counts = {
         PATIENTS: patients,
         "slices": len(cache.label),
         "positives": int(np.nansum(cache.label)),
-        "training-slices": len(rows),
     }
     return _reply(message, site, facts=facts, metrics=counts)
 
@@ -118,7 +126,7 @@ def train(message: Message, context: Context) -> Message:
         raise TrainError(f"site {site.name!r} has role {site.role!r} and does not train; only role 'train' does")
     order = message.content["config"]
     round_number, run = int(order["server-round"]), _run_name(order["run"])
-    model, optimiser, state = _local_model(site, config, run, before=round_number)
+    model, optimiser, state, _ = _local_model(site, config, run, before=round_number)
     _load_shared(model, message.content["arrays"], config)
 
     # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
@@ -153,19 +161,27 @@ def heads(message: Message, context: Context) -> Message:
     site, config, _ = _opened(context)
     order = message.content["config"]
     wanted = tuple(str(order["groups"]).split(","))
-    model, _, _ = _local_model(site, config, _run_name(order["run"]))
+    model, _, _, trained = _local_model(site, config, _run_name(order["run"]))
+    if not trained:
+        raise TrainError(f"site {site.name!r} has trained no round of this run, so it has no heads of it")
     return _reply(message, site, facts={"site": site.name}, update=to_record(to_arrays(model.state_dict(), wanted)))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test a model on your own split. Out go counts of scores, if the policy allows; never a score of one slice."""
+    """Test a model on your validation or test split. Out go counts of scores, if the policy allows.
+
+    The counts are fine: of a small hospital they show single slices' scores, and their bootstrap rows which slices belong
+    to one patient, though neither slice nor patient is named. policy.metrics = false keeps them.
+    """
     site, config, cache = _opened(context)
     order = message.content["config"]
     split, replicates = str(order["split"]), int(order["replicates"])
-    if split not in SPLITS:
-        raise TrainError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
-    model = build_model(config.model, config.run.seed)
+    if split not in ("val", "test") or not 0 <= replicates <= MOST_REPLICATES:
+        raise TrainError(
+            f"split {split!r} with {replicates} replicates, expected val or test and 0 to {MOST_REPLICATES}"
+        )
+    model = build_model(config.model, config.run.seed).to(best_device())
     shapes = shapes_of(to_arrays(model.state_dict(), ("encoder", "cls", "seg", "rec")))
     _load(model, message.content["arrays"], {n: s for n, s in shapes.items() if n.startswith("encoder.")})
     sets = []
@@ -175,7 +191,7 @@ def evaluate(message: Message, context: Context) -> Message:
             arrays = from_record(record, {n: shapes[n] for n in record if n in shapes})
             sets.append({n: torch.from_numpy(value) for n, value in arrays.items()})
     scores = score_slices(model, sets, cache, cache.rows(split), config.model, config.train.precision)
-    # The hospital's key seeds the bootstrap: repeatable here, and the server cannot undo the draws.
+    # The hospital's key seeds the bootstrap: it repeats here, and nobody else knows the draws.
     rng = np.random.default_rng([*site.key()[:8], round_seed(config.run.seed, split, 0)])
     tally = tally_scores(scores, replicates, rng)
     refusal = metrics_refusal(site, tally.patients)
@@ -201,14 +217,12 @@ def _run_name(value: object) -> str:
 
 def _local_model(
     site: Site, config: RunConfig, run: str, before: int | None = None
-) -> tuple[MultiTaskSwin, torch.optim.AdamW, LocalState]:
-    """The model with this hospital's heads and optimiser as the last round, before a given one, left them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config.model, config.run.seed).to(device)
+) -> tuple[MultiTaskSwin, torch.optim.AdamW, LocalState, int]:
+    """The model with this hospital's heads and optimiser as the last round, before a given one, left them; and that round."""
+    model = build_model(config.model, config.run.seed).to(best_device())
     optimiser = build_optimiser(model, config)
     state = LocalState(site.state / "runs" / run)
-    state.restore(model, optimiser, before)
-    return model, optimiser, state
+    return model, optimiser, state, state.restore(model, optimiser, before)
 
 
 def _load_shared(model: MultiTaskSwin, record: ArrayRecord, config: RunConfig) -> None:

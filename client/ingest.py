@@ -30,6 +30,7 @@ from client.resample import head_centre, resample, touches_edge
 from shared.site import Site
 from shared.slices import COLUMNS, FORMAT_VERSION, SIDE_PX, read_cache
 
+_CACHE_FILES = {"slices.npy", "masks.npy", "index.csv", "cache.json", "slices.npy.cut", "masks.npy.cut"}
 SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
@@ -101,7 +102,9 @@ def ingest(
     splits = _kept_splits(site, {pseudonym(key, "patient", s.patient_id) for one in series for s in one.slices})
     jobs = [(one, masks.get(one.uid), labels.get(one.uid, {}), splits, key) for one in series]
     partial = site.cache.with_name(site.cache.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for folder in (site.cache, partial):
+        _check_cache(folder)
+    _remove_cache(partial)
     partial.mkdir(parents=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         done = _watched(pool.map(_ingest_series, jobs, chunksize=2), len(jobs), progress)
@@ -119,9 +122,24 @@ def ingest(
         faults=faults,
     )
     _write_index(partial, rows, report, manifest)
-    shutil.rmtree(site.cache, ignore_errors=True)
+    _remove_cache(site.cache)
     os.replace(partial, site.cache)
     return report
+
+
+def _check_cache(folder: Path) -> None:
+    """Refuse a folder that holds anything but a slice cache: ingest is about to delete it."""
+    strangers = [p.name for p in folder.iterdir() if p.name not in _CACHE_FILES] if folder.is_dir() else []
+    if strangers or (folder.exists() and not folder.is_dir()):
+        raise IngestError(
+            f"{folder} is no slice cache: it holds {len(strangers)} other things; name a folder of its own as cache"
+        )
+
+
+def _remove_cache(folder: Path) -> None:
+    """Delete a slice cache, and nothing else."""
+    _check_cache(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def short(uid: str) -> str:

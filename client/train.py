@@ -91,7 +91,8 @@ def train_round(
       optimiser: over the model's parameters; its state goes on from the last round.
       cache: the site's slices; only the split "train" is used.
       config: the run config.
-      site, round_number: with the run's seed they decide the order of slices and the augmentation. Rounds count from 1.
+      site, round_number: with the run's seed they decide the order of slices and the augmentation; on a CPU equal
+        inputs give equal bits. Rounds count from 1.
       proximal_mu: FedProx (Li et al. 2020, arXiv:1812.06127, equation 2); 0 is FedAvg.
       progress: told one line an epoch; no patient data.
     Returns:
@@ -131,8 +132,12 @@ def train_round(
                     )
                 optimiser.zero_grad(set_to_none=True)
                 (total + proximal_term(model, anchor, proximal_mu)).backward()
-                if config.train.clip_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or math.inf)
+                if not torch.isfinite(norm):  # before it reaches the weights and the optimiser's state
+                    raise TrainError(
+                        f"site {site!r}: the gradient's norm is {norm.item()} in round {round_number}, step {steps}; expected a "
+                        "finite number: lower train.learning_rate or set train.precision to 'fp32'"
+                    )
                 optimiser.step()
                 sums += [float(v.detach().sum()) for v in (losses.cls, losses.seg, losses.rec)] + [
                     float(total.detach()) * len(chosen)

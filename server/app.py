@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from server.aggregate import WeightedSum, fold, mean
@@ -32,6 +32,7 @@ from shared.wire import (
     UpdateError,
     from_record,
     groups_shared,
+    part_of,
     shapes_of,
     tally_from_record,
     to_arrays,
@@ -127,7 +128,7 @@ def final_heads(
     total, released, refused = WeightedSum({}), {}, {}
     for site, reply in receive(grid, messages, settings.round_timeout_s):
         try:
-            tensors = from_record(_content(reply)["update"], expected)
+            tensors = from_record(part_of(_content(reply), "update", ArrayRecord), expected)
         except UpdateError as error:
             refused[site] = str(error)
             say(f"  {site}: no heads: {error}")
@@ -165,7 +166,13 @@ def test_seen(
         messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
         for site, reply in receive(grid, messages, config.federation.round_timeout_s):
             try:
-                save_tally(run, stage, part, site, tally_from_record(_content(reply)["tally"], replicates))
+                save_tally(
+                    run,
+                    stage,
+                    part,
+                    site,
+                    tally_from_record(part_of(_content(reply), "tally", ArrayRecord), replicates),
+                )
             except UpdateError as error:
                 say(f"  {site}: no counts of its {split} split: {error}")
 
@@ -184,7 +191,9 @@ def describe_round(number: int, result: RoundResult) -> dict:
     sites = {}
     for name, site in result.sites.items():
         slices = site.metrics.get("slices")
-        losses = {k: site.metrics[k] / slices for k in ("cls", "seg", "rec", "total")} if slices else {}
+        losses = (
+            {k: site.metrics[k] / slices for k in ("cls", "seg", "rec", "total") if k in site.metrics} if slices else {}
+        )
         validation = {}
         if site.tally is not None:
             area = float(auc(site.tally.counts[0]))
@@ -192,7 +201,7 @@ def describe_round(number: int, result: RoundResult) -> dict:
                 "val_auc_before": None if np.isnan(area) else area,
                 "val_dice_before": float(site.tally.dice_sum[0] / max(site.tally.dice_slices[0], 1)),
             }
-        seconds = {"seconds": site.metrics["seconds"]} if slices else {}
+        seconds = {"seconds": site.metrics["seconds"]} if "seconds" in site.metrics else {}
         sites[name] = {"weight": site.weight, "bytes_up": site.bytes_up, **seconds, **losses, **validation}
     return {
         "round": number,
@@ -207,7 +216,7 @@ def describe_round(number: int, result: RoundResult) -> dict:
 
 def round_text(line: dict, rounds: int) -> str:
     """A round in one line for the log."""
-    told = [site for site in line["sites"].values() if "total" in site]
+    told = [site for site in line["sites"].values() if site.keys() >= {"total", "cls", "seg", "rec"}]
     text = f"round {line['round']}/{rounds}: {len(line['sites'])} hospitals, {line['seconds']:.1f} s"
     if told:
         text += ", loss " + " ".join(f"{k} {np.mean([s[k] for s in told]):.3f}" for k in ("total", "cls", "seg", "rec"))

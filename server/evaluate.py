@@ -7,6 +7,7 @@ hospitals' validation slices alone.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from server.runs import load_tallies, read_summary, save_tally, update_summary
 from shared.config import RunConfig
 from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
 from shared.model import MultiTaskSwin, autocast
-from shared.scoring import build_model, score_slices
+from shared.scoring import best_device, build_model, score_slices
 from shared.site import Site, read_site
 from shared.slices import SliceCache, make_batch, read_cache
 
@@ -67,7 +68,11 @@ def load_model(run: Path, config: RunConfig, stage: str) -> tuple[MultiTaskSwin,
     for path in sorted((run / "checkpoint").glob(f"heads-{stage}-*.safetensors")):
         tensors, _ = read_tensors(path)
         sets.append({n: torch.from_numpy(v) for n, v in tensors.items()})
-    return model, sets
+    if not sets:
+        raise EvaluationError(
+            f"run {run.resolve().name!r} has no heads of its {stage} model: it did not finish; resume it first"
+        )
+    return model.to(best_device()), sets
 
 
 def evaluate_site(
@@ -94,8 +99,9 @@ def evaluate_unseen(
     sites = [open_held_out(path) for path in site_files]
     if len({site.name for site, _ in sites}) != len(sites):
         raise EvaluationError(f"sites {[site.name for site, _ in sites]}: a name stands twice; expected each site once")
-    for stage in STAGES:
-        model, heads = load_model(run, config, stage)
+    models = {stage: load_model(run, config, stage) for stage in STAGES}
+    for stage, (model, heads) in models.items():
+        shutil.rmtree(run / "evaluation" / stage / "unseen", ignore_errors=True)  # of an earlier call, with other sites
         for site, cache in sites:
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
             save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config))
@@ -132,10 +138,11 @@ def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dic
         )
     features = []
     model.eval()
-    with torch.no_grad(), autocast(config.train.precision, torch.device("cpu")):
+    device = next(model.parameters()).device
+    with torch.no_grad(), autocast(config.train.precision, device):
         for start in range(0, len(rows), PROBE_BATCH):
             batch = make_batch(cache, rows[start : start + PROBE_BATCH], config.model.windows(), model.shape.image_size)
-            features.append(model.pool(model.encode(batch.image)).float().numpy())
+            features.append(model.pool(model.encode(batch.image.to(device))).float().cpu().numpy())
     scaler, regression = StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
     make_pipeline(scaler, regression).fit(np.concatenate(features), labels)
     weight = regression.coef_ / scaler.scale_

@@ -53,6 +53,7 @@ def draw_examples(
             chosen.append((site, cache, row))
     if not chosen:
         return
+    model.to("cpu")
     if heads:
         model.load_state_dict(heads[0], strict=False)
     model.eval()

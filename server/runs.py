@@ -31,7 +31,7 @@ def open_run(config: RunConfig) -> Path:
       RunError: the folder exists and the run is not to be resumed, or the other way round, or with another config.
     """
     root = Path(config.run.folder).absolute()
-    name = config.run.id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash()}"
+    name = config.run.id or new_run_name(config)
     run = root / name
     if config.run.resume:
         if not (run / "config.toml").is_file():
@@ -49,6 +49,11 @@ def open_run(config: RunConfig) -> Path:
     link.symlink_to(name)
     os.replace(link, root / "latest")
     return run
+
+
+def new_run_name(config: RunConfig) -> str:
+    """A name for a run that was given none: the time and the config."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash()}"
 
 
 def read_config(run: Path) -> RunConfig:

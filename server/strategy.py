@@ -20,7 +20,18 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 from server.aggregate import WeightedSum, fold, mean
 from shared.config import FederationSettings
 from shared.metrics import Tally
-from shared.wire import PROTOCOL_VERSION, Tensors, UpdateError, from_record, shapes_of, tally_from_record, to_record
+from shared.site import is_site_name
+from shared.wire import (
+    PROTOCOL_VERSION,
+    Tensors,
+    UpdateError,
+    from_record,
+    part_of,
+    read_metrics,
+    shapes_of,
+    tally_from_record,
+    to_record,
+)
 
 POLL_S = 0.2
 HELLO_TIMEOUT_S = 60.0
@@ -53,6 +64,7 @@ class Roster:
 
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
 
     def training(self, online: set[int]) -> list[Member]:
         """Members that train and whose node is connected, in order of their names."""
@@ -117,12 +129,14 @@ def build_strategy(settings: FederationSettings) -> FedAvg:
 def greet(grid: Grid, roster: Roster) -> None:
     """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals."""
     known = {m.node_id for m in roster.members.values()}
-    new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused]
+    new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused and n not in roster.silent]
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
     for name, reply in receive(grid, messages, HELLO_TIMEOUT_S):
         node_id = int(name)
         if reply is None:
-            continue  # asked again before the next round
+            roster.silent.add(node_id)  # not waited for again: each time would cost the round a minute
+            print(f"  node {node_id} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out", flush=True)
+            continue
         try:
             member = _read_hello(node_id, reply)
             other = roster.members.get(member.site)
@@ -139,15 +153,15 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     """The answer to 'hello', checked."""
     if reply.has_error():
         raise UpdateError(reply.error.reason)
-    facts = reply.content.get("facts", {})
+    facts = part_of(reply.content, "facts", ConfigRecord)
     site, role, weight = facts.get("site"), facts.get("role"), facts.get("weight")
     if facts.get("protocol") != PROTOCOL_VERSION:
         raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
-    if not isinstance(site, str) or not isinstance(role, str) or not isinstance(weight, float):
-        raise UpdateError("an answer to 'hello' without site, role and weight")
+    if not is_site_name(site) or not isinstance(role, str) or not isinstance(weight, float):
+        raise UpdateError("an answer to 'hello' without a proper site name, role and weight")
     if not 0 < weight <= 1e6:
         raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
-    counts = {str(k): int(v) for k, v in reply.content.get("metrics", {}).items()}
+    counts = {key: int(value) for key, value in read_metrics(reply.content).items()}
     return Member(node_id, site, role, weight, counts)
 
 
@@ -256,13 +270,12 @@ def _read_update(
     if reply.has_error():
         raise UpdateError(reply.error.reason)
     content = reply.content
-    if content.get("facts", {}).get("site") != name:
-        raise UpdateError(f"the reply says that it is from site {content.get('facts', {}).get('site')!r}")
-    if "update" not in content:
-        raise UpdateError("a reply without an update")
-    update = from_record(content["update"], expected)
-    metrics = {str(k): float(v) for k, v in content.get("metrics", {}).items()}
-    tally = tally_from_record(content["tally"], 0) if "tally" in content else None
+    said = part_of(content, "facts", ConfigRecord).get("site")
+    if said != name:
+        raise UpdateError(f"the reply says that it is from site {said!r}")
+    update = from_record(part_of(content, "update", ArrayRecord), expected)
+    metrics = read_metrics(content)
+    tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
     sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
     return SiteRound(weight, sent, metrics, tally), update
 

@@ -31,6 +31,11 @@ def build_model(settings: ModelSettings, seed: int) -> MultiTaskSwin:
         return MultiTaskSwin(VARIANTS[settings.variant], in_channels=len(settings.windows()))
 
 
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @torch.no_grad()
 def score_slices(
     model: MultiTaskSwin,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -143,7 +144,9 @@ def read_site(path: Path) -> Site:
 def _section(path: Path, prefix: str, content: Any, known: set[str], needed: set[str]) -> Mapping[str, Any]:
     """A mapping with known keys only and all needed ones."""
     if not isinstance(content, Mapping):
-        raise SiteError(f"{path}: {prefix.rstrip('.') or 'the file'} is {content!r}, expected a mapping of keys")
+        raise SiteError(
+            f"{path}: {prefix.rstrip('.') or 'the file'} is a {type(content).__name__}, expected a mapping of keys"
+        )
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
@@ -163,10 +166,15 @@ def _typed(path: Path, key: str, value: Any, expected: type | tuple[type, ...]) 
     return value
 
 
+def is_site_name(name: object) -> bool:
+    """Whether a text can be a site's public name, and so a file name."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
+
+
 def _name(path: Path, value: Any) -> str:
     """A site's public name: it stands in messages, tables and file names."""
     name = _typed(path, "site", value, str)
-    if not (0 < len(name) <= 64 and name[0].isalnum() and all(c.isalnum() or c in "-_." for c in name)):
+    if not is_site_name(name):
         raise SiteError(f"{path}: site is {name!r}, expected up to 64 letters, digits, '-', '_' or '.'")
     return name
 

@@ -8,9 +8,10 @@ Flower itself accepts NaN and broadcasts a wrong shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from shared.metrics import BINS, Tally
 
 PROTOCOL_VERSION = 1
 
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Tensors = Mapping[str, NDArray[np.float32]]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,6 +72,33 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
             raise UpdateError(f"tensor {name}: {np.count_nonzero(~np.isfinite(value))} values are not finite")
         arrays[name] = value
     return arrays
+
+
+def part_of(content: RecordDict, name: str, kind: type[Record]) -> Record:
+    """One record of a reply.
+
+    Raises:
+      UpdateError: it is missing or of another kind.
+    """
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise UpdateError(f"a reply whose {name!r} is {type(record).__name__}, expected {kind.__name__}")
+    return record
+
+
+def read_metrics(content: RecordDict) -> dict[str, float]:
+    """The numbers of a reply; none if its hospital withholds them.
+
+    Raises:
+      UpdateError: a value is a list or not finite.
+    """
+    if "metrics" not in content:
+        return {}
+    metrics = part_of(content, "metrics", MetricRecord)
+    wrong = [key for key, value in metrics.items() if not isinstance(value, int | float) or not np.isfinite(value)]
+    if wrong:
+        raise UpdateError(f"metrics {sorted(wrong)[:3]} are not finite numbers")
+    return {str(key): float(value) for key, value in metrics.items()}
 
 
 def _decoded(array: Array, what: str) -> NDArray:

@@ -6,6 +6,8 @@ reuses what is there.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tomllib
 from functools import partial
@@ -21,9 +23,9 @@ from client.ingest import IngestError, ingest
 from server.cli import ERRORS, result_table
 from server.evaluate import evaluate_unseen
 from server.report import write_report
-from server.runs import read_config, read_summary
+from server.runs import new_run_name, read_config, read_summary
 from shared.config import ConfigError, parse_config
-from shared.site import read_site
+from shared.site import SiteError, read_site
 from simulations.sites import write_hospitals
 from simulations.superlink import SimulationError, run_app, start_superlink
 
@@ -35,9 +37,18 @@ Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are writ
 Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]
 
 
-@app.command()
-def sites(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> list[Path]:
+@app.command("sites")
+def sites_command(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> None:
     """Write the eleven hospitals as DICOM and ingest them, unless they are there."""
+    try:
+        sites(hospitals, seed)
+    except (IngestError, SiteError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def sites(hospitals: Path, seed: int) -> list[Path]:
+    """Write and ingest the hospitals; the site.yaml of each."""
     with _progress() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -73,15 +84,16 @@ def run(
         files = sites(hospitals, seed)
         opened = [read_site(file) for file in files]
         supernodes = sum(site.role == "train" for site in opened)
-        home = ROOT / ".flwr"
-        home.mkdir(exist_ok=True)
+        home = ROOT / ".flwr" / str(os.getpid())  # two simulations at a time do not meet
+        home.mkdir(parents=True, exist_ok=True)
         chosen = home / "run-config.toml"
         chosen.write_text(tomli_w.dumps(config))
         console.rule(f"federation of {supernodes} hospitals")
         with start_superlink(home) as link:
             run_app(link, ROOT, chosen, supernodes)
+        shutil.rmtree(home)
         console.rule("evaluation on hospitals that never trained")
-        folder = (runs / "latest").resolve()
+        folder = runs.absolute() / config["run"]["id"]
         held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
         evaluate_unseen(folder, read_config(folder), held_out, lambda line: console.print(line, highlight=False))
         page = write_report(folder)
@@ -122,7 +134,8 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
                 f"{section}.{key} is set in the preset or with --set; here the folder is given by {option}"
             )
         config[section] = config.get(section, {}) | {key: str(folder.absolute())}
-    parse_config({f"{section}.{key}": value for section, values in config.items() for key, value in values.items()})
+    flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+    config["run"] = {"id": new_run_name(parse_config(flat))} | config["run"]
     return config
 
 

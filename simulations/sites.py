@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from shared.site import SiteError
 from simulations.export import ct_image, segmentation, uid
 from simulations.hospitals import HOSPITALS, Hospital
 from simulations.patient import sample_patient
 from simulations.phantom import render_slice
 
+MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
 VERSION = 2  # of what is written; a folder of another version is written anew
 
 
@@ -44,6 +46,8 @@ def write_hospitals(
       progress: told hospital, patients done and patients in all.
     Returns:
       The site.yaml of each hospital.
+    Raises:
+      SiteError: a folder of that name is there and was not written by this function.
     """
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         for hospital in hospitals:
@@ -53,8 +57,11 @@ def write_hospitals(
             if stamp.is_file() and stamp.read_text() == content:
                 progress(hospital.name, hospital.patients, hospital.patients)
                 continue
+            if folder.exists() and not (folder / MARKER).is_file():
+                raise SiteError(f"{folder} was not written by the simulation; it is not replaced: name another folder")
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "dicom").mkdir(parents=True)
+            (folder / MARKER).write_text("Written by the simulation, and replaced by it.\n")
             (folder / "masks").mkdir()
             jobs = [(folder, hospital, seed, number) for number in range(hospital.patients)]
             labels = []

@@ -18,9 +18,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 CONNECTION = "simulation"
 LOG = "superlink.log"
@@ -107,11 +109,15 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
             start_new_session=True,
         )
     link = SuperLink(home, port, process.pid, environment)
+    outside = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, _exit_on_signal) for number in outside]
     try:
         _wait_until_up(process, link)
         yield link
     finally:
         _stop(process)
+        for number, handler in zip(outside, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
@@ -129,19 +135,29 @@ def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the SuperLink and every process of its session: superexec, ServerApp, Ray."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signal_number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            continue
-        if signal_number == signal.SIGTERM:
-            time.sleep(0.5)  # children that shut down by themselves
-    process.wait()
+    """End the SuperLink and all that it started: superexec, ServerApp, and Ray, whose processes lead sessions of their own."""
+    if process.poll() is not None:
+        return
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    _, alive = psutil.wait_procs(started, STOP_TIMEOUT_S)
+    for child in alive:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(alive, STOP_TIMEOUT_S)
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    """Let `finally` run when the command is ended from outside."""
+    raise SystemExit(128 + number)
 
 
 def run_app(link: SuperLink, project: Path, run_config: Path, supernodes: int, cpus: int = 1) -> int:

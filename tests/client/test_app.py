@@ -44,7 +44,6 @@ def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
     counts = dict(reply.content["metrics"])
     assert counts["slices"] == len(cache.label)
     assert counts["positives"] == int(np.nansum(cache.label))
-    assert counts["training-slices"] == len(cache.rows("train"))
 
 
 def test_hello_withholds_counts_that_the_policy_keeps(copied_hospitals: SmallHospitals) -> None:
@@ -65,6 +64,8 @@ def test_a_round_leaves_the_heads_on_the_hospitals_disk(copied_hospitals: SmallH
 def test_heads_leave_only_if_the_policy_releases_them(copied_hospitals: SmallHospitals, group: str) -> None:
     node = {"site": str(copied_hospitals.files[NAME])}
     order = RecordDict({"config": ConfigRecord({"run": "test", "groups": group})})
+    assert "trained no round" in ask(node, "query.heads", order).error.reason
+    ask(node, "train", train_order())
     assert {n.split(".")[0] for n in ask(node, "query.heads", order).content["update"]} == {group}
     edit_site(copied_hospitals.files[NAME], policy={"release": ["encoder"], "min_patients": 1})
     refused = ask(node, "query.heads", order)
@@ -117,6 +118,22 @@ def test_an_order_that_does_not_fit_is_refused_with_the_reason(
     assert text in reply.error.reason
 
 
+def test_a_wrong_file_as_site_tells_the_server_nothing_of_it(hospitals: SmallHospitals) -> None:
+    labels = hospitals.site(NAME).labels
+    reply = ask({"site": str(labels)}, "query.hello")
+    assert reply.error.code == REFUSED
+    assert "2.25." not in reply.error.reason
+    assert str(labels.parent) not in reply.error.reason
+
+
+@pytest.mark.parametrize(("split", "replicates"), [("train", 10), ("test", 10**9), ("test", -1)])
+def test_the_server_cannot_ask_for_other_counts(hospitals: SmallHospitals, split: str, replicates: int) -> None:
+    order = ConfigRecord({"split": split, "replicates": replicates})
+    content = RecordDict({"arrays": model_record(("encoder",)), "config": order})
+    reply = ask({"site": str(hospitals.files[NAME])}, "evaluate", content)
+    assert "expected val or test" in reply.error.reason
+
+
 def test_tensors_that_are_not_finite_are_refused_on_arrival(copied_hospitals: SmallHospitals) -> None:
     content = train_order()
     name = next(iter(content["arrays"]))
@@ -156,7 +173,7 @@ def test_a_deployed_node_takes_no_path_from_the_run_config(hospitals: SmallHospi
     ("node", "text"),
     [
         ({}, "no 'site' in its node config"),
-        ({"site": "nowhere/site.yaml"}, "no site file"),
+        ({"site": "nowhere/site.yaml"}, "the site's own log has the cause"),
         ({"partition-id": 0}, "hemafed-sim"),
     ],
 )

@@ -90,7 +90,7 @@ def test_weights_of_another_width_are_refused(tmp_path: Path) -> None:
     model = MultiTaskSwin(DEMO)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
-        ModelError, match=r"patch_embed\.proj\.weight: \(64, 1, 4, 4\), expected \(32, 1, 4, 4\)"
+        ModelError, match=r"patch_embed\.proj\.weight: \(64, 1, 4, 4\), expected \(16, 1, 4, 4\)"
     ) as caught:
         load_pretrained(model, path)
     assert str(path) in str(caught.value)
@@ -147,7 +147,7 @@ def test_every_parameter_learns() -> None:
         ("default", 1, {"encoder": 20_410_314, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
         ("tiny", 1, {"encoder": 27_516_282, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
         ("demo", 1, {"encoder": 575_038, "cls": 129, "seg": 125_088, "rec": 125_088}),
-        # A second window: 32 x 4 x 4 weights more in the embedding, 32 weights and a bias more in the output.
+        # A second window: 16 x 4 x 4 weights more in the embedding, 16 weights and a bias more in the output.
         ("demo", 2, {"encoder": 575_294, "cls": 129, "seg": 125_088, "rec": 125_105}),
     ],
 )

@@ -79,8 +79,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("site: [unclosed", "is not YAML"),
-        ("just a sentence", "the file is 'just a sentence', expected a mapping"),
-        ("", "the file is None, expected a mapping"),
+        ("just a sentence", "the file is a str, expected a mapping"),
+        ("", "the file is a NoneType, expected a mapping"),
         (content(sites=3), "unknown key 'sites'; did you mean 'site'"),
         (content(polcy={}), "unknown key 'polcy'; did you mean 'policy'"),
         (
@@ -91,7 +91,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ({"data": {"images": "dicom"}}, "'site' is missing; expected keys: cache, data, policy"),
         ({"site": "a"}, "'data' is missing"),
         (content(data={"masks": "masks"}), "'data.images' is missing; expected keys: images, labels, masks"),
-        (content(data="dicom"), "data is 'dicom', expected a mapping"),
+        (content(data="dicom"), "data is a str, expected a mapping"),
         (content(role="test"), "role is 'test', expected one of train, held-out, development"),
         (content(role=1), r"'role' is 1 \(int\), expected str"),
         (
@@ -121,9 +121,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
         (content(policy={"min_patients": 0}), "policy.min_patients is 0, expected at least 1"),
         (content(policy={"min_patients": True}), r"'policy.min_patients' is True \(bool\), expected int"),
         (content(policy={"min_patients": 2.5}), r"'policy.min_patients' is 2.5 \(float\), expected int"),
-        (content(policy="strict"), "policy is 'strict', expected a mapping"),
-        (content(policy=[]), "policy is .., expected a mapping"),
-        (content(policy=False), "policy is False, expected a mapping"),
+        (content(policy="strict"), "policy is a str, expected a mapping"),
+        (content(policy=[]), "policy is a list, expected a mapping"),
+        (content(policy=False), "policy is a bool, expected a mapping"),
         (content(site=3), r"'site' is 3 \(int\), expected str"),
         (content(site="../escape"), "site is '../escape', expected up to 64 letters"),
         (content(site="two words"), "site is 'two words'"),

@@ -26,7 +26,9 @@ def flat(config: dict) -> dict:
 def test_the_preset_and_absolute_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = _run_config(DEMO, [], Path("h"), Path("r"))
-    assert config.pop("run") == {"folder": str(tmp_path / "r")}
+    run = config.pop("run")
+    assert run.pop("id").endswith(parse_config(flat(config)).hash())
+    assert run == {"folder": str(tmp_path / "r")}
     assert config.pop("simulation") == {"hospitals": str(tmp_path / "h")}
     assert config == tomllib.loads(DEMO.read_text())
 
