@@ -266,7 +266,7 @@ def test_the_label_follows_the_areas(area_mm2: float, label: int | None) -> None
     hu_YX, clot_YX = np.zeros((4, 4), np.int16), np.eye(4, dtype=bool)
     assert Slice(hu_YX, clot_YX, area_mm2).label == label
     assert Slice(hu_YX, np.zeros_like(clot_YX), area_mm2).label is None
-    assert (SUSPECT_AREA_MM2, POSITIVE_AREA_MM2) == (2.0, 14.0)
+    assert (SUSPECT_AREA_MM2, POSITIVE_AREA_MM2) == (3.0, 30.0)
 
 
 def test_far_from_the_hematoma_there_is_none() -> None:
