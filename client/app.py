@@ -24,14 +24,14 @@ from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
 from shared.scoring import best_device, build_model, score_slices
-from shared.site import Site, SiteError, read_site
+from shared.site import TENSOR_GROUPS, Site, SiteError, read_site
 from shared.slices import CacheError, SliceCache, read_cache
 from shared.wire import (
     PROTOCOL_VERSION,
     UpdateError,
+    expected_shapes,
     from_record,
     groups_shared,
-    shapes_of,
     tally_to_record,
     to_arrays,
     to_record,
@@ -107,15 +107,9 @@ def find_site(context: Context) -> Site:
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Who are you? Out go the site's public name, role and weight and, if the policy allows, three counts."""
-    site, cache = find_site(context), read_cache(find_site(context).cache)
-    patients = len(np.unique(cache.patient))
+    site = find_site(context)
     facts = {"site": site.name, "role": site.role, "weight": site.weight, "protocol": PROTOCOL_VERSION}
-    counts = {
-        PATIENTS: patients,
-        "slices": len(cache.label),
-        "positives": int(np.nansum(cache.label)),
-    }
-    return _reply(message, site, facts=facts, metrics=counts)
+    return _reply(message, site, facts=facts, metrics=read_cache(site.cache).counts())
 
 
 @app.train()
@@ -182,7 +176,7 @@ def evaluate(message: Message, context: Context) -> Message:
             f"split {split!r} with {replicates} replicates, expected val or test and 0 to {MOST_REPLICATES}"
         )
     model = build_model(config.model, config.run.seed).to(best_device())
-    shapes = shapes_of(to_arrays(model.state_dict(), ("encoder", "cls", "seg", "rec")))
+    shapes = expected_shapes(model.state_dict(), TENSOR_GROUPS)
     _load(model, message.content["arrays"], {n: s for n, s in shapes.items() if n.startswith("encoder.")})
     sets = []
     for name in sorted(message.content.keys()):
@@ -227,7 +221,7 @@ def _local_model(
 
 def _load_shared(model: MultiTaskSwin, record: ArrayRecord, config: RunConfig) -> None:
     """Put the server's tensors into the model, checked."""
-    _load(model, record, shapes_of(to_arrays(model.state_dict(), groups_shared(config.federation.share))))
+    _load(model, record, expected_shapes(model.state_dict(), groups_shared(config.federation.share)))
 
 
 def _load(model: MultiTaskSwin, record: ArrayRecord, shapes: dict[str, tuple[int, ...]]) -> None:

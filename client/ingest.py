@@ -99,11 +99,14 @@ def ingest(
         mask_faults.append(Fault(masks[uid].path.name, f"refers to series {short(uid)}, which is not in data.images"))
     labels = read_labels(site, series)
     key = site.key()
-    splits = _kept_splits(site, {pseudonym(key, "patient", s.patient_id) for one in series for s in one.slices})
-    jobs = [(one, masks.get(one.uid), labels.get(one.uid, {}), splits, key) for one in series]
+    owners = {one.uid: {pseudonym(key, "patient", s.patient_id) for s in one.slices} for one in series}
+    splits = _kept_splits(site, set().union(*owners.values()))
+    jobs = [
+        (one, masks.get(one.uid), labels.get(one.uid, {}), {owner: splits[owner] for owner in owners[one.uid]}, key)
+        for one in series
+    ]
     partial = site.cache.with_name(site.cache.name + ".partial")
-    for folder in (site.cache, partial):
-        _check_cache(folder)
+    _check_cache(site.cache)  # before the work, not after
     _remove_cache(partial)
     partial.mkdir(parents=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:

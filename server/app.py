@@ -1,7 +1,7 @@
 """Flower ServerApp: the procedure of a run, top to bottom.
 
 Find the hospitals, test the initial model, train round by round, get the heads, test the final model. What hospitals
-send are tensors that their policies release and counts; no slice and no score of a slice arrives here. Testing on
+send are tensors that their policies release and counts of scores; no pixel, name or identifier arrives here. Testing on
 held-out hospitals comes after (server/evaluate.py), from the folder that this leaves.
 """
 
@@ -20,20 +20,30 @@ from server.checkpoint import load_checkpoint, restore_optimiser, save_checkpoin
 from server.evaluate import fit_probe, summarise_run
 from server.report import write_report
 from server.runs import append_round, open_run, read_rounds, save_tally, update_summary
-from server.strategy import Member, QuorumError, Roster, RoundResult, build_strategy, gather, receive, train_round
+from server.strategy import (
+    Member,
+    QuorumError,
+    Roster,
+    RoundResult,
+    build_strategy,
+    content_of,
+    gather,
+    receive,
+    train_round,
+)
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import auc
 from shared.model import MultiTaskSwin, load_pretrained
 from shared.scoring import build_model
-from shared.site import read_site
+from shared.site import TENSOR_GROUPS, read_site
 from shared.slices import read_cache
 from shared.wire import (
     Tensors,
     UpdateError,
+    expected_shapes,
     from_record,
     groups_shared,
     part_of,
-    shapes_of,
     tally_from_record,
     to_arrays,
     to_record,
@@ -41,7 +51,7 @@ from shared.wire import (
 
 app = ServerApp()
 
-HEADS = ("cls", "seg", "rec")
+HEADS = TENSOR_GROUPS[1:]
 
 
 @app.main()
@@ -68,7 +78,10 @@ def main(grid: Grid, context: Context) -> None:
     first = 1
     if config.run.resume:
         saved = load_checkpoint(run / "checkpoint")
-        arrays, first = from_record(to_record(saved.arrays), shapes_of(arrays)), saved.round_number + 1
+        arrays, first = (
+            from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
+            saved.round_number + 1,
+        )
         restore_optimiser(strategy, saved)
         say(f"resuming after round {saved.round_number}")
 
@@ -107,8 +120,7 @@ def final_heads(
     """What the global model uses as heads: name -> tensors; several make an ensemble.
 
     Raises:
-      UpdateError: with average or ensemble, no hospital releases its heads.
-      QuorumError: fewer of them do than federation.quorum.
+      QuorumError: with average or ensemble, fewer hospitals than federation.quorum release their heads.
     """
     settings = config.federation
     if settings.share == "all":
@@ -121,14 +133,14 @@ def final_heads(
             )
         model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
         return {"probe": fit_probe(model, read_cache(site.cache), config)}
-    expected = shapes_of(to_arrays(model.state_dict(), HEADS))
+    expected = expected_shapes(model.state_dict(), HEADS)
     order = RecordDict({"config": ConfigRecord({"run": run, "groups": ",".join(HEADS)})})
     messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
     weights = {m.site: m.weight for m in members}
     total, released, refused = WeightedSum({}), {}, {}
     for site, reply in receive(grid, messages, settings.round_timeout_s):
         try:
-            tensors = from_record(part_of(_content(reply), "update", ArrayRecord), expected)
+            tensors = from_record(part_of(content_of(reply, settings.round_timeout_s), "update", ArrayRecord), expected)
         except UpdateError as error:
             refused[site] = str(error)
             say(f"  {site}: no heads: {error}")
@@ -157,6 +169,7 @@ def test_seen(
     heads: dict[str, Tensors],
 ) -> None:
     """Have the training hospitals test a model on their validation and test splits, and keep their counts."""
+    timeout_s = config.federation.round_timeout_s
     content = RecordDict({"arrays": to_record({n: v for n, v in arrays.items() if n.startswith("encoder.")})})
     for name, tensors in heads.items():
         content[f"heads-{name}"] = to_record(tensors)
@@ -164,26 +177,12 @@ def test_seen(
     for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
         content["config"] = ConfigRecord({"split": split, "replicates": replicates})
         messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
-        for site, reply in receive(grid, messages, config.federation.round_timeout_s):
+        for site, reply in receive(grid, messages, timeout_s):
             try:
-                save_tally(
-                    run,
-                    stage,
-                    part,
-                    site,
-                    tally_from_record(part_of(_content(reply), "tally", ArrayRecord), replicates),
-                )
+                record = part_of(content_of(reply, timeout_s), "tally", ArrayRecord)
+                save_tally(run, stage, part, site, tally_from_record(record, replicates))
             except UpdateError as error:
                 say(f"  {site}: no counts of its {split} split: {error}")
-
-
-def _content(reply: Message | None) -> RecordDict:
-    """What a reply holds, or why it holds nothing."""
-    if reply is None:
-        raise UpdateError("no reply within federation.round_timeout_s")
-    if reply.has_error():
-        raise UpdateError(reply.error.reason)
-    return reply.content
 
 
 def describe_round(number: int, result: RoundResult) -> dict:

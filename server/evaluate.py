@@ -106,18 +106,9 @@ def evaluate_unseen(
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
             save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config))
     draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
-    counts = {site.name: site_counts(cache) | {"role": site.role} for site, cache in sites}
+    counts = {site.name: cache.counts() | {"role": site.role} for site, cache in sites}
     update_summary(run, {"sites": read_summary(run).get("sites", {}) | counts})
     summarise_run(run)
-
-
-def site_counts(cache: SliceCache) -> dict[str, int]:
-    """Patients, slices and positive slices of a site."""
-    return {
-        "patients": len(np.unique(cache.patient)),
-        "slices": len(cache.label),
-        "positives": int(np.nansum(cache.label)),
-    }
 
 
 def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:

@@ -151,9 +151,7 @@ def greet(grid: Grid, roster: Roster) -> None:
 
 def _read_hello(node_id: int, reply: Message) -> Member:
     """The answer to 'hello', checked."""
-    if reply.has_error():
-        raise UpdateError(reply.error.reason)
-    facts = part_of(reply.content, "facts", ConfigRecord)
+    facts = part_of(content_of(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
     site, role, weight = facts.get("site"), facts.get("role"), facts.get("weight")
     if facts.get("protocol") != PROTOCOL_VERSION:
         raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
@@ -207,6 +205,19 @@ def receive(grid: Grid, messages: Mapping[str, Message], timeout_s: float) -> It
                 break
             time.sleep(POLL_S)
         yield name, reply
+
+
+def content_of(reply: Message | None, timeout_s: float) -> RecordDict:
+    """What a reply holds.
+
+    Raises:
+      UpdateError: it did not come, or it is an error; with its reason.
+    """
+    if reply is None:
+        raise UpdateError(f"no reply within {timeout_s:g} s (federation.round_timeout_s)")
+    if reply.has_error():
+        raise UpdateError(reply.error.reason)
+    return reply.content
 
 
 def train_round(
@@ -265,11 +276,7 @@ def _read_update(
     reply: Message | None, name: str, weight: float, expected: dict, settings: FederationSettings
 ) -> tuple[SiteRound, Tensors]:
     """One reply, checked."""
-    if reply is None:
-        raise UpdateError(f"no reply within federation.round_timeout_s = {settings.round_timeout_s:g} s")
-    if reply.has_error():
-        raise UpdateError(reply.error.reason)
-    content = reply.content
+    content = content_of(reply, settings.round_timeout_s)
     said = part_of(content, "facts", ConfigRecord).get("site")
     if said != name:
         raise UpdateError(f"the reply says that it is from site {said!r}")

@@ -61,6 +61,11 @@ def slice_losses(prediction: Prediction, batch: Batch) -> Losses:
 
 def dice_loss(probability_BYX: Tensor, mask_BYX: Tensor) -> Tensor:
     """1 - soft Dice per slice, in [0, 1]; (B,). Source: Milletari et al. 2016 (arXiv:1606.04797), with linear terms."""
-    overlap = (probability_BYX * mask_BYX).sum((1, 2))
-    total = probability_BYX.sum((1, 2)) + mask_BYX.sum((1, 2))
-    return 1 - (2 * overlap + DICE_SMOOTHING_PX) / (total + DICE_SMOOTHING_PX)
+    return 1 - dice_score(probability_BYX, mask_BYX)
+
+
+def dice_score(predicted_BYX: Tensor, mask_BYX: Tensor) -> Tensor:
+    """Dice per slice of a thresholded or soft prediction in [0, 1]; (B,). Source: Dice 1945."""
+    overlap = (predicted_BYX * mask_BYX).sum((1, 2))
+    total = predicted_BYX.sum((1, 2)) + mask_BYX.sum((1, 2))
+    return (2 * overlap + DICE_SMOOTHING_PX) / (total + DICE_SMOOTHING_PX)

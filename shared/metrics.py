@@ -1,6 +1,6 @@
 """Metrics as sums that merge: counts of scores in, AUC, F1 and Dice with intervals out.
 
-A hospital never sends scores of single slices. It counts them: how many slices with and without the marker fell
+A hospital sends no list of scores. It counts them: how many slices with and without the marker fell
 into each score bin, and the sum of Dice, once for its patients as they are (row 0) and once for each bootstrap
 sample of its patients (rows 1 to R). Counts of several hospitals add up, and the pooled AUC, F1 and Dice follow
 from the sums; averages of averages appear nowhere.

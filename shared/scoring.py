@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.config import ModelSettings
+from shared.losses import dice_score
 from shared.metrics import Scores
 from shared.model import VARIANTS, MultiTaskSwin, autocast
 from shared.slices import SliceCache, make_batch
 
 BATCH = 32
-DICE_SMOOTHING_PX = 1.0  # an empty mask met by an empty prediction scores 1
 _LEAST_PROBABILITY = 1e-6
 
 State = Mapping[str, Tensor]
@@ -69,13 +69,14 @@ def score_slices(
         probability = torch.zeros(len(batch.label), device=device)
         hematoma_BYX = torch.zeros_like(batch.mask)
         for state in sets:
-            model.load_state_dict(state, strict=False)
+            if start == 0 or len(sets) > 1:  # a single set stays loaded
+                model.load_state_dict(state, strict=False)
             with autocast(precision, device):
                 marker, region_BYX = model.classify(stages), model.seg(stages)[:, 0]
             probability += marker.float().sigmoid() / len(sets)
             hematoma_BYX += region_BYX.float().sigmoid() / len(sets)
         logits.append(probability.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY).logit())
-        dice = dice_score(hematoma_BYX > 0.5, batch.mask)
+        dice = dice_score((hematoma_BYX > 0.5).float(), batch.mask)
         dices.append(torch.where(batch.has_mask & segments, dice, torch.nan))
     return Scores(
         logit=torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0),
@@ -83,10 +84,3 @@ def score_slices(
         dice=torch.cat(dices).double().cpu().numpy() if dices else np.zeros(0),
         patient=cache.patient[rows],
     )
-
-
-def dice_score(predicted_BYX: Tensor, mask_BYX: Tensor) -> Tensor:
-    """Dice of a thresholded prediction per slice, in [0, 1]; (B,). Source: Dice 1945."""
-    predicted = predicted_BYX.float()
-    overlap, total = (predicted * mask_BYX).sum((1, 2)), predicted.sum((1, 2)) + mask_BYX.sum((1, 2))
-    return (2 * overlap + DICE_SMOOTHING_PX) / (total + DICE_SMOOTHING_PX)

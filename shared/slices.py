@@ -59,6 +59,14 @@ class SliceCache:
         """Row numbers of the slices of these splits, in order of the index; all slices without an argument."""
         return np.nonzero(np.isin(self.split, splits or SPLITS))[0]
 
+    def counts(self) -> dict[str, int]:
+        """Patients, slices and positive slices."""
+        return {
+            "patients": len(np.unique(self.patient)),
+            "slices": len(self.label),
+            "positives": int(np.nansum(self.label)),
+        }
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.metrics import BINS, Tally
+from shared.site import TENSOR_GROUPS
 
 PROTOCOL_VERSION = 1
 
@@ -36,6 +37,11 @@ def group(name: str) -> str:
 def to_arrays(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
     """Copies of the tensors of some groups as float32 arrays, in sorted order of their names."""
     return {name: state[name].detach().cpu().float().numpy().copy() for name in sorted(state) if group(name) in groups}
+
+
+def expected_shapes(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of some groups, in sorted order of their names."""
+    return {name: tuple(state[name].shape) for name in sorted(state) if group(name) in groups}
 
 
 def to_record(arrays: Tensors) -> ArrayRecord:
@@ -167,4 +173,4 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
 
 def groups_shared(share: str) -> tuple[str, ...]:
     """Tensor groups that travel in a round, for federation.share "encoder" or "all"."""
-    return ("encoder",) if share == "encoder" else ("encoder", "cls", "seg", "rec")
+    return ("encoder",) if share == "encoder" else TENSOR_GROUPS
