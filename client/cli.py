@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from client.ingest import IngestError, IngestReport, ingest, short
+from client.dicom import Fault, silence_readers
+from client.ingest import IngestError, IngestReport, ingest
 from shared.site import SiteError, read_site
 from shared.slices import CacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What a hospital does with its own data.")
 console = Console()
+SiteFile = Annotated[Path, typer.Argument(help="the hospital's site.yaml")]
+Workers = Annotated[int | None, typer.Option(help="processes; by default one per core", min=1)]
+SHOWN = 3  # of those left out for one reason
 
 
 @app.callback()
@@ -25,23 +28,127 @@ def about() -> None:
 
 @app.command("ingest")
 def ingest_command(
-    site_yaml: Annotated[Path, typer.Argument(help="the hospital's site.yaml")],
-    workers: Annotated[int | None, typer.Option(help="processes; by default one per core")] = None,
+    site_yaml: SiteFile,
+    workers: Workers = None,
 ) -> None:
     """Read the hospital's DICOM, masks and labels into its slice cache."""
+    silence_readers()
     try:
         site = read_site(site_yaml)
-        columns = (TextColumn(f"{site.name}: series"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=None)
-            report = ingest(site, workers, lambda done, total: bar.update(task, completed=done, total=total))
+        with Bars(site.name) as bars:
+            report = ingest(site, workers, bars.show)
     except (SiteError, IngestError, CacheError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        console.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(1) from error
-    console.print(report_text(site.name, report), markup=False, highlight=False)
-    for fault in report.faults[:20]:
-        console.print(f"  left out {short(fault.what)}: {fault.reason}", markup=False, highlight=False)
+        raise refuse(error) from error
+    say(report_text(site.name, report))
+
+
+@app.command("check")
+def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
+    """Read every image as ingest would and say whether the data are ready: check.html and check.json beside SITE_YAML.
+
+    Ends with 0 if they are ready, 1 if not, 2 if it could not look.
+    """
+    from client.check import (  # the page's libraries are slow to load, and only this command needs them
+        check,
+        write_json,
+    )
+    from client.check_page import write_page
+
+    silence_readers()
+    try:
+        site = read_site(site_yaml)
+        with Bars(site.name) as bars:
+            result = check(site, workers, bars.show)
+        pages = [write_page(result, site_yaml.absolute().parent), write_json(result, site_yaml.absolute().parent)]
+    except (SiteError, OSError) as error:
+        raise refuse(error, 2) from error
+    counts = result.counts
+    say(
+        f"{site.name}: {counts['patients']} patients, {counts['series']} series, {counts['slices']} slices: "
+        f"{counts['positives']} of {counts['labelled']} labelled ones with the marker, {counts['masked']} with a mask"
+        f"{faults_text(result.faults)}"
+    )
+    for problem in result.problems:
+        say(f"  problem: {problem}")
+    say(
+        f"{site.name}: {'ready' if result.ready else 'not ready'}; see {pages[0].name} and {pages[1].name} beside {site_yaml.name}"
+    )
+    raise typer.Exit(0 if result.ready else 1)
+
+
+@app.command("find")
+def find_command(
+    site_yaml: SiteFile, codes: Annotated[list[str], typer.Argument(help="as a report names a file, series or patient")]
+) -> None:
+    """Tell which file, series or patient a report's code is. Shows identifiers, on the screen only."""
+    from client.find import find
+
+    silence_readers()
+    try:
+        site = read_site(site_yaml)
+        found = 0
+        for code, what in find(site, codes):
+            found += 1
+            say(f"{code}: {what}")
+    except SiteError as error:
+        raise refuse(error, 2) from error
+    if found < len(set(codes)):
+        say(f"{len(set(codes)) - found} codes are not of this folder as it is now; run the report again")
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_command(
+    data_set: Annotated[str, typer.Argument(metavar="[rsna|cq500|physionet-ich|bhsd]", help="which public set")],
+    source: Annotated[Path, typer.Argument(help="its folder, as published")],
+    target: Annotated[Path, typer.Argument(help="where the hospitals are written")],
+) -> None:
+    """Make hospitals of a public data set: site.yaml and labels for each, pixels where they are."""
+    from client.importers import IMPORTERS, SourceError
+
+    silence_readers()
+    if data_set not in IMPORTERS:
+        raise refuse(SourceError(f"data set {data_set!r}, expected one of {', '.join(IMPORTERS)}"), 2)
+    try:
+        with Bars(data_set) as bars:
+            files = IMPORTERS[data_set](source, target, lambda done, total: bars.show("files", done, total))
+    except (SourceError, OSError) as error:
+        raise refuse(error) from error
+    for file in files:
+        say(f"{file}: next, hemafed-client check {file}")
+
+
+class Bars:
+    """A bar for each thing that is counted. Use as a context."""
+
+    def __init__(self, name: str):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._name, self._bars = name, Progress(*columns, console=console)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Move the bar of `what`."""
+        text = f"{self._name}: {what}"
+        tasks = [task.id for task in self._bars.tasks if task.description == text]
+        self._bars.update(tasks[0] if tasks else self._bars.add_task(text), completed=done, total=total)
+
+
+def say(line: str) -> None:
+    """A line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def refuse(error: Exception, code: int = 1) -> typer.Exit:
+    """Say what is wrong and end with a status."""
+    console.print(f"[red]{type(error).__name__}[/red]: ", end="")
+    say(str(error))
+    return typer.Exit(code)
 
 
 def report_text(name: str, report: IngestReport) -> str:
@@ -50,10 +157,19 @@ def report_text(name: str, report: IngestReport) -> str:
         f"{name}: {report.patients} patients, {report.series} series, {report.slices} slices: {report.positives} with the "
         f"marker, {report.unlabelled} without label, {report.masked} with a mask"
     )
-    if report.unchanged:
-        return text + " (unchanged)"
-    reasons = Counter(fault.reason for fault in report.faults)
-    return text + "".join(f"\n  left out {count}: {reason}" for reason, count in reasons.most_common())
+    return text + (" (unchanged)" if report.unchanged else "") + faults_text(report.faults)
+
+
+def faults_text(faults: tuple[Fault, ...]) -> str:
+    """What was left out, a line per reason, most first."""
+    groups: dict[str, list[str]] = {}
+    for fault in faults:
+        groups.setdefault(fault.reason, []).append(fault.what)
+    text = ""
+    for reason, which in sorted(groups.items(), key=lambda group: -len(group[1])):
+        shown = ", ".join(which[:SHOWN]) + (f" and {len(which) - SHOWN} more" if len(which) > SHOWN else "")
+        text += f"\n  left out {len(which)}: {reason} ({shown})"
+    return text
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.batches import epoch_batches, make_batch
 from shared.config import RunConfig
 from shared.losses import slice_losses
 from shared.model import MultiTaskSwin, autocast
-from shared.slices import SliceCache, epoch_batches, make_batch
+from shared.slices import SliceCache
 
 
 class TrainError(RuntimeError):

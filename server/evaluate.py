@@ -22,12 +22,13 @@ from sklearn.preprocessing import StandardScaler
 from server.checkpoint import FILE, read_tensors
 from server.examples import EXAMPLES, draw_examples
 from server.runs import load_tallies, read_summary, save_tally, update_summary
+from shared.batches import make_batch
 from shared.config import RunConfig
 from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
 from shared.model import MultiTaskSwin, autocast
 from shared.scoring import best_device, build_model, score_slices
 from shared.site import Site, read_site
-from shared.slices import SliceCache, make_batch, read_cache
+from shared.slices import SliceCache, read_cache
 
 STAGES = ("initial", "final")
 PROBE_BATCH = 32

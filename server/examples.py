@@ -13,10 +13,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shared.batches import make_batch
 from shared.config import RunConfig
 from shared.gradcam import grad_cam
 from shared.model import MultiTaskSwin, autocast
-from shared.slices import SliceCache, make_batch
+from shared.slices import SliceCache
 
 EXAMPLES = "examples.png"
 COLUMNS = ("slice and mask", "prediction", "reconstruction", "Grad-CAM")

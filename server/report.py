@@ -6,39 +6,25 @@ metric of its own.
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from server.examples import EXAMPLES
 from server.runs import load_tallies, read_config, read_rounds, read_summary
 from shared.metrics import merge_tallies, roc_points
+from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
 
-matplotlib.rcParams["svg.fonttype"] = "path"
-matplotlib.rcParams["svg.hashsalt"] = "hemafed"
-SEEN, UNSEEN, QUIET = "#1f6f8b", "#c8553d", "#9aa5ab"
-SITE_COLOURS = ("#1f6f8b", "#c8553d", "#6a994e", "#8e6c8a", "#d4a017", "#4a5859", "#b56576", "#2a9d8f")
+SEEN, UNSEEN, QUIET = COLOURS[0], COLOURS[1], "#9aa5ab"
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hemafed run {{ run }}</title>
 <style>
- body { font: 15px/1.5 system-ui, sans-serif; color: #20282b; margin: 0 auto; max-width: 1040px; padding: 32px 24px 80px; }
- h1 { font-size: 26px; margin: 0 0 4px } h2 { font-size: 18px; margin: 40px 0 8px; border-bottom: 1px solid #d9dfe1; padding-bottom: 4px }
- p.note { color: #5b676b; margin: 4px 0 12px } .cards { display: flex; gap: 16px; flex-wrap: wrap; margin: 20px 0 }
- .card { flex: 1 1 200px; border: 1px solid #d9dfe1; border-radius: 8px; padding: 12px 16px } .card b { font-size: 28px; display: block }
- .card span { color: #5b676b } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
- th { text-align: left; color: #5b676b; font-weight: 600; border-bottom: 2px solid #d9dfe1; padding: 4px 8px }
- td { border-bottom: 1px solid #e8ecee; padding: 4px 8px } td.n, th.n { text-align: right; white-space: nowrap }
- .ci { color: #5b676b; font-size: 13px } img { max-width: 100% } .scroll { overflow-x: auto } code { font-size: 13px }
- details { margin-top: 8px } .bad { color: #a63d2f }
-</style></head><body>
+{{ style }}</style></head><body>
 <h1>Run {{ run }}</h1>
 <p class="note">{{ config.federation.rounds }} rounds of {{ config.federation.strategy }} on {{ training|length }} training hospitals; shared: {{ config.federation.share }}; heads of the global model: {{ config.federation.heads }}; model {{ config.model.variant }}; config {{ config_hash }}; seed {{ config.run.seed }}.</p>
 <div class="cards">
@@ -91,6 +77,7 @@ def write_report(run: Path) -> Path:
     after, before = summary.get("evaluation", {}), summary.get("evaluation_before_training", {})
     examples = run / "evaluation" / EXAMPLES
     page = _PAGE.render(
+        style=Markup(STYLE),
         run=run.resolve().name,
         config=config,
         config_hash=summary.get("config_hash", config.hash()),
@@ -101,9 +88,9 @@ def write_report(run: Path) -> Path:
         site_rows=_site_rows(summary, after),
         part_rows=_part_rows(rounds),
         refusals=[f"Round {r['round']}: {site}: {why}" for r in rounds for site, why in r["refused"].items()],
-        curves=_svg(_curves(rounds)),
-        roc=_svg(_roc(run)),
-        examples=_data_uri(examples.read_bytes(), "image/png") if examples.is_file() else "",
+        curves=svg_uri(_curves(rounds)),
+        roc=svg_uri(_roc(run)),
+        examples=data_uri(examples.read_bytes(), "image/png") if examples.is_file() else "",
     )
     path = run / "report.html"
     path.write_text(page)
@@ -216,12 +203,10 @@ def _curves(rounds: list[dict]) -> Figure:
                 if r["sites"].get(name, {}).get(key) is not None
             ]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), color=SITE_COLOURS[number % len(SITE_COLOURS)], lw=1.4, label=name
-                )
+                axes.plot(*zip(*points, strict=True), color=COLOURS[number % len(COLOURS)], lw=1.4, label=name)
         if key == "rec":
             axes.set_yscale("log")
-        _plain(axes, title, "round")
+        plain_axes(axes, title, "round")
     if names:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(
@@ -246,30 +231,9 @@ def _roc(run: Path) -> Figure:
             counts = merge_tallies(tallies.values()).counts[0] if tallies else np.zeros((2, 1))
             if counts.sum(axis=1).all():
                 axes.plot(*roc_points(counts), label=label, **style)
-        _plain(axes, title, "false positive rate")
+        plain_axes(axes, title, "false positive rate")
         axes.set_ylabel("true positive rate", fontsize=8)
         axes.set_aspect("equal")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
-
-
-def _plain(axes: Axes, title: str, x_label: str) -> None:
-    """One look for all charts."""
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.tick_params(labelsize=8, length=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#eef1f2", lw=0.8)
-
-
-def _svg(figure: Figure) -> str:
-    """A figure as a data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _data_uri(buffer.getvalue(), "image/svg+xml")
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    """Bytes as a data URI, so that the page needs no other file."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.batches import Batch
 from shared.config import LossSettings
 from shared.model import Prediction
-from shared.slices import Batch
 
 DICE_SMOOTHING_PX = 1.0  # added above and below, so that an empty mask met by an empty prediction scores 1
 

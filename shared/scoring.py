@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.batches import make_batch
 from shared.config import ModelSettings
 from shared.losses import dice_score
 from shared.metrics import Scores
 from shared.model import VARIANTS, MultiTaskSwin, autocast
-from shared.slices import SliceCache, make_batch
+from shared.slices import SliceCache
 
 BATCH = 32
 _LEAST_PROBABILITY = 1e-6

@@ -50,9 +50,13 @@ class Site:
         to fit and choose, never to report.
       weight: public weight in the mean of updates, > 0; it need not tell how many patients there are.
       images, masks, labels: DICOM folder, mask folder and label table; masks and labels may be None.
+      segments: which segments of the masks are the hematoma: labels, codes as "SCT:35566002", or numbers; () where each
+        mask holds one.
+      accept_lossy: whether lossy compressed images are taken, and marked.
       cache: slice cache, written by ingest, safe to delete.
       state: keys and local heads; not safe to delete while a run goes on.
       policy: what may leave.
+      lent_key: a key to use in place of the one in `state`, for a look that writes nothing.
     """
 
     name: str
@@ -63,10 +67,15 @@ class Site:
     labels: Path | None
     cache: Path
     state: Path
+    segments: tuple[str | int, ...] = ()
+    accept_lossy: bool = False
     policy: Policy = field(default_factory=Policy)
+    lent_key: bytes | None = field(default=None, repr=False)
 
     def key(self) -> bytes:
         """The hospital's secret of 32 bytes, made at first use; patients' hashes depend on it. Never leaves."""
+        if self.lent_key is not None:
+            return self.lent_key
         path = self.state / "key"
         if not path.is_file():
             self.state.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,7 @@ def read_site(path: Path) -> Site:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SiteError(f"{path} is not YAML in UTF-8: {error}") from error
     top = _section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
-    data = _section(path, "data.", top["data"], {"images", "masks", "labels"}, {"images"})
+    data = _section(path, "data.", top["data"], {"images", "masks", "labels", "segment", "accept_lossy"}, {"images"})
     rules = _section(
         path,
         "policy.",
@@ -122,6 +131,8 @@ def read_site(path: Path) -> Site:
         labels=None if data.get("labels") is None else place("data.labels", data["labels"]),
         cache=place("cache", top.get("cache", "cache")),
         state=place("state", top.get("state", "state")),
+        segments=_segments(path, data.get("segment")),
+        accept_lossy=_typed(path, "data.accept_lossy", data.get("accept_lossy", False), bool),
         policy=_policy(path, rules),
     )
     if site.role not in ROLES:
@@ -177,6 +188,12 @@ def _name(path: Path, value: Any) -> str:
     if not is_site_name(name):
         raise SiteError(f"{path}: site is {name!r}, expected up to 64 letters, digits, '-', '_' or '.'")
     return name
+
+
+def _segments(path: Path, value: Any) -> tuple[str | int, ...]:
+    """The segments that are the hematoma: one or a list."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_typed(path, "data.segment", one, (str, int)) for one in values)
 
 
 def _policy(path: Path, rules: Mapping[str, Any]) -> Policy:

@@ -53,8 +53,9 @@ def ct_image(hospital: Hospital, seed: int, number: int, index: int, z_mm: float
     # The slice's centre lies on the table's axis at z; its rows follow the gantry's tilt.
     corner = np.array([first, 0.0, z_mm]) + first * down
     intercept = 0 if hospital.signed else -1024
+    signed = hospital.signed or (scanner.padding_hu or 0) < intercept
     stored = rendered.hu_YX.astype(np.int32) - intercept
-    signed = hospital.signed or stored.min() < 0
+    stored = stored if signed else stored.clip(0)  # an unsigned scale ends at -1024 HU, as scanners' do
 
     ds = Dataset()
     ds.SOPClassUID = CTImageStorage

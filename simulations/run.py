@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,10 +60,12 @@ def sites(hospitals: Path, seed: int) -> list[Path]:
 
         files = write_hospitals(hospitals.absolute(), seed, progress=lambda name, *count: show(f"write {name}", *count))
         for file in files:
-            label = f"ingest {file.parent.name}"
-            report = ingest(read_site(file), progress=partial(show, label))
+            name = file.parent.name
+            report = ingest(
+                read_site(file), progress=lambda what, *count, name=name: show(f"ingest {name}: {what}", *count)
+            )
             if report.unchanged:
-                show(label, report.series, report.series)
+                show(f"ingest {name}: series", report.series, report.series)
             for fault in report.faults:
                 console.print(f"{file.parent.name}: left out: {fault.reason}", style="red", markup=False)
     return files

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.batches import Batch
 from shared.config import LossSettings
 from shared.losses import dice_loss, slice_losses
 from shared.model import Prediction
-from shared.slices import Batch
 
 LN2 = 0.6931472
 NAN = math.nan

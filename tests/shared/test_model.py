@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
+from shared.batches import Batch
 from shared.config import LossSettings
 from shared.losses import slice_losses
 from shared.model import VARIANTS, ModelError, MultiTaskSwin, autocast, load_pretrained
-from shared.slices import Batch
 
 DEMO = VARIANTS["demo"]
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.batches import make_batch
 from shared.config import ModelSettings, RunConfig
 from shared.metrics import Scores
 from shared.model import MultiTaskSwin
 from shared.scoring import build_model, dice_score, score_slices
-from shared.slices import SliceCache, make_batch
+from shared.slices import SliceCache
 from tests.conftest import SmallHospitals
 
 SETTINGS = ModelSettings(variant="demo")

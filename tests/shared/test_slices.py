@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.slices import COLUMNS, CacheError, SliceCache, epoch_batches, make_batch, read_cache
+from shared.batches import epoch_batches, make_batch
+from shared.slices import COLUMNS, CacheError, SliceCache, read_cache
 
 BRAIN = ((0.0, 80.0),)
 

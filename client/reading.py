@@ -1,0 +1,195 @@
+"""One series to the slices of the cache: the work of one worker process.
+
+In: a series, its mask files, what the hematoma's segment is. Out: a Part: HU and masks on the cache's grid, one row per
+slice, and what could not be used. A slice that cannot be read is left out with its reason; a series whose values cannot
+be HU is left out whole. Full-size pictures are held for a few slices at a time. Stays in the hospital.
+
+Shape suffixes: N slice, Y row, X column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.dicom import DicomError, Fault
+from client.hounsfield import BINS, histogram, implausible
+from client.images import CtSlice
+from client.masks import MaskFile, read_mask
+from client.pixels import AIR_HU, clamp_hu, read_hu
+from client.resample import head_centre, resample, touches_edge
+from client.series import CtSeries
+from shared.slices import SIDE_PX
+
+MOST_FOR_CENTRE = 32  # slices that the head's place is measured on, held at full size
+OFF_HEAD_HU = -300.0  # a mask's pixel below it lies in air, not in the head
+OFF_HEAD_SHARE = 0.1  # of a mask's pixels in a series
+
+
+@dataclass(frozen=True)
+class SeriesJob:
+    """What a worker needs for one series.
+
+    Attributes:
+      series, masks: the images and the mask files that belong to them.
+      key: the hospital's secret, to recognise images that masks refer to.
+      segments: site.yaml's data.segment.
+    """
+
+    series: CtSeries
+    masks: tuple[MaskFile, ...]
+    key: bytes
+    segments: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One slice of a part.
+
+    Attributes:
+      image: keyed hash of the image.
+      z_mm: position along the normal.
+      has_mask: whether somebody looked for the hematoma in it.
+      flags: what is unusual: the series' flags, and "head-cut".
+      content: hash of a coarse copy of the slice's HU, equal for equal pictures; "" for a slice of one value.
+    """
+
+    image: str
+    z_mm: float
+    has_mask: bool
+    flags: tuple[str, ...]
+    content: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One series, ready for the cache.
+
+    Attributes:
+      series, patient: keyed hashes.
+      spacing_mm: distance of slices.
+      rows: one per slice.
+      faults: what of the series could not be used.
+      hu: int16 (N, 224, 224).
+      masks: uint8 (N, 224, 224).
+      counts: int64 (BINS,), values of the series as read, see client/hounsfield.py.
+    """
+
+    series: str
+    patient: str
+    spacing_mm: float
+    rows: tuple[PartRow, ...]
+    faults: tuple[Fault, ...]
+    hu: NDArray[np.int16] = field(repr=False, compare=False)
+    masks: NDArray[np.uint8] = field(repr=False, compare=False)
+    counts: NDArray[np.int64] = field(repr=False, compare=False)
+
+    @classmethod
+    def empty(cls, series: str, patient: str, faults: tuple[Fault, ...]) -> Part:
+        """A series of which nothing can be used."""
+        nothing = (0, SIDE_PX, SIDE_PX)
+        return cls(
+            series,
+            patient,
+            0.0,
+            (),
+            faults,
+            np.zeros(nothing, np.int16),
+            np.zeros(nothing, np.uint8),
+            np.zeros(BINS, np.int64),
+        )
+
+
+def read_part(job: SeriesJob) -> Part:
+    """Read, check and resample one series."""
+    series, faults, counts = job.series, [], np.zeros(BINS, np.int64)
+    masks: dict[str, NDArray[np.uint8]] = {}
+    for file in job.masks:
+        try:
+            found, remarks = read_mask(file, series, job.key, job.segments)
+            masks |= found
+            faults += remarks
+        except DicomError as error:
+            faults.append(Fault(f"file {file.file}", str(error)))
+    held = _held(series, faults)
+    measured = [(s, held[s.image]) for s in series.slices if held.get(s.image) is not None]
+    centre_mm = head_centre(measured) if measured else (0.0, 0.0)
+    del measured
+    hu, resampled, rows = [], [], []
+    inside = off = 0
+    for one, hu_YX in _slices(series, held, faults):
+        counts += histogram(hu_YX)
+        slice_YX = np.rint(resample(clamp_hu(hu_YX), one, centre_mm, fill=AIR_HU)).astype(np.int16)
+        mask_YX = masks.get(one.image)
+        small_YX = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
+        if mask_YX is not None and mask_YX.any():
+            small_YX = (resample(mask_YX, one, centre_mm, fill=0) > 0.5).astype(np.uint8)
+            inside, off = inside + int(mask_YX.sum()), off + int((hu_YX[mask_YX > 0] < OFF_HEAD_HU).sum())
+        flags = (*series.flags, "head-cut") if touches_edge(slice_YX) else series.flags
+        rows.append(PartRow(one.image, round(one.height_mm, 2), mask_YX is not None, flags, _content(slice_YX)))
+        hu.append(slice_YX)
+        resampled.append(small_YX)
+    reason = implausible(counts) if rows else None
+    if reason:
+        rows, hu, resampled = [], [], []
+        faults.append(Fault(f"series {series.name}", reason))
+    if off > OFF_HEAD_SHARE * inside:
+        faults.append(
+            Fault(f"series {series.name}", f"{off} of {inside} pixels of its mask lie in air: is it its mask?")
+        )
+    shape = (len(rows), SIDE_PX, SIDE_PX)
+    return Part(
+        series=series.name,
+        patient=series.slices[0].patient,
+        spacing_mm=series.spacing_mm,
+        rows=tuple(rows),
+        faults=tuple(faults),
+        hu=np.array(hu, np.int16).reshape(shape),
+        masks=np.array(resampled, np.uint8).reshape(shape),
+        counts=counts,
+    )
+
+
+def _content(slice_YX: NDArray[np.int16]) -> str:
+    """Hash of a coarse copy of a slice; "" for a slice of one value, which is nobody's."""
+    coarse = np.ascontiguousarray(slice_YX[::4, ::4])
+    return hashlib.blake2b(coarse, digest_size=8).hexdigest() if coarse.min() < coarse.max() else ""
+
+
+def _held(series: CtSeries, faults: list[Fault]) -> dict[str, NDArray[np.float32] | None]:
+    """Slices that the head's place is measured on: all of a short series, some of a long one, evenly."""
+    picked = np.unique(np.linspace(0, len(series.slices) - 1, MOST_FOR_CENTRE).astype(int))
+    return {series.slices[i].image: _read(series.slices[i], faults) for i in picked}
+
+
+def _slices(
+    series: CtSeries, held: dict[str, NDArray[np.float32] | None], faults: list[Fault]
+) -> Iterator[tuple[CtSlice, NDArray[np.float32]]]:
+    """Every slice that can be read, in order; those that are held are not read again."""
+    for one in series.slices:
+        hu_YX = held.pop(one.image) if one.image in held else _read(one, faults)
+        if hu_YX is not None:
+            yield one, hu_YX
+
+
+def _read(one: CtSlice, faults: list[Fault]) -> NDArray[np.float32] | None:
+    """A slice's HU; None, and a fault, if it cannot be read."""
+    try:
+        return read_hu(one)
+    except DicomError as error:
+        frame = f" frame {one.frame + 1}" if one.frames > 1 else ""
+        faults.append(Fault(f"file {one.file}{frame}", str(error)))
+        return None
+
+
+def can_read(image: CtSlice) -> bool:
+    """Whether one image can be read; for finding the one that ends its process."""
+    try:
+        read_hu(image)
+    except DicomError:
+        return False
+    return True

@@ -1,0 +1,285 @@
+"""A hospital's folders to records: what every file is, read once and kept.
+
+In: the folders of a Site. Out, for each file: the CT images in it, a mask, or the reason why it is left out. Records of
+files that have not changed are taken from the last ingest, so that a walk of the folders is all that they cost. Records
+hold keyed hashes only. Stays in the hospital.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from client.crew import Crew
+from client.dicom import DicomError, Fault, pseudonym, read_dicom
+from client.images import CtSlice, images_of
+from client.masks import MaskFile, dicom_mask, is_mask, is_picture, picture_mask
+from shared.site import Site
+
+READER_VERSION = 1  # of what is read from a file; records of another version are read again
+_CHUNK = 64  # files per job
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file of the hospital's folders, not yet read.
+
+    Attributes:
+      path: where it is.
+      code: keyed hash of its path below its folder, 8 digits; what messages call it.
+      place: "images" or "masks".
+      stamp: its size and time of change; what tells whether it is the same.
+      refused: why it is not opened; "" if it is.
+    """
+
+    path: Path
+    code: str
+    place: str
+    stamp: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a file is; exactly one of the three is there.
+
+    Attributes:
+      images: its CT images.
+      mask: the mask in it.
+      fault: why it is left out.
+    """
+
+    images: tuple[CtSlice, ...] = ()
+    mask: MaskFile | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a hospital's folders hold.
+
+    Attributes:
+      files: every file, with its record.
+      images: all CT images, one per SOP instance and frame.
+      masks: all mask files.
+      faults: files left out.
+    """
+
+    files: list[tuple[FoundFile, Record]]
+    images: list[CtSlice]
+    masks: list[MaskFile]
+    faults: list[Fault]
+
+
+def walk(site: Site) -> list[FoundFile]:
+    """Every file of a hospital's images and masks, in order of its path.
+
+    A masks folder inside the images folder, or the same one, is walked once. Links, hidden files, special files and
+    folders that cannot be opened are in the list, refused: nothing is passed over silently.
+    """
+    key = site.key()
+    found = list(_walk(site.images, "images", key))
+    if site.masks is not None and not site.masks.is_relative_to(site.images):
+        found += _walk(site.masks, "masks", key)
+    return found
+
+
+def _walk(root: Path, place: str, key: bytes) -> Iterator[FoundFile]:
+    """One folder and those below it, depth first."""
+
+    def entry(path: str, stamp: str, refused: str = "") -> FoundFile:
+        code = pseudonym(key, "file", f"{place}/{os.path.relpath(path, root)}")[:8]
+        return FoundFile(Path(path), code, place, stamp, refused)
+
+    folders = [str(root)]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except OSError as error:
+            yield entry(folder, "", f"a folder that cannot be opened ({error.strerror})")
+            continue
+        inner = []
+        for one in entries:
+            if one.is_symlink():
+                yield entry(one.path, "", "a symbolic link, expected a file; it may lead out of the folder")
+            elif one.name.startswith("."):
+                yield entry(one.path, "", "a hidden file or folder")
+            elif one.is_dir():
+                inner.append(one.path)
+            elif not one.is_file():
+                yield entry(one.path, "", "neither a file nor a folder")
+            else:
+                stat = one.stat()
+                yield entry(one.path, f"{stat.st_size} {stat.st_mtime_ns}")
+        folders += reversed(inner)
+
+
+def manifest_of(files: Iterable[FoundFile]) -> str:
+    """Hash of what a walk found: which files, their sizes and times."""
+    digest = hashlib.sha256()
+    for one in files:
+        digest.update(f"{one.place} {one.code} {one.stamp} {one.refused}\n".encode())
+    return digest.hexdigest()
+
+
+def scan(
+    site: Site,
+    files: list[FoundFile],
+    known: Mapping[str, tuple[str, Record]],
+    crew: Crew,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """What every file is.
+
+    Args:
+      site: whose folders were walked.
+      files: from walk.
+      known: code -> stamp and record of the last ingest.
+      crew: processes that read.
+      progress: told files read and files to read.
+    """
+    key = site.key()
+    fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
+    chunks = [(fresh[i : i + _CHUNK], key, site.accept_lossy) for i in range(0, len(fresh), _CHUNK)]
+    records: dict[str, Record] = {}
+    for (chunk, *_), result in crew.run(_scan_chunk, chunks):
+        read = result if isinstance(result, list) else _one_by_one(crew, chunk, key, site.accept_lossy)
+        records.update({f.code: record for f, record in zip(chunk, read, strict=True)})
+        progress(len(records), len(fresh))
+    pairs = []
+    for f in files:
+        record = Record(fault=f.refused) if f.refused else records.get(f.code) or _placed(known[f.code][1], f.path)
+        pairs.append((f, record))
+    return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
+
+
+def _scan_chunk(job: tuple[list[FoundFile], bytes, bool]) -> list[Record]:
+    """Records of some files; runs in a worker."""
+    files, key, accept_lossy = job
+    return [scan_file(f, key, accept_lossy) for f in files]
+
+
+def _one_by_one(crew: Crew, chunk: list[FoundFile], key: bytes, accept_lossy: bool) -> list[Record]:
+    """Records of files one of which ended its reader."""
+    jobs = [([f], key, accept_lossy) for f in chunk]
+    results = [result for _, result in crew.run(_scan_chunk, jobs)]
+    return [r[0] if isinstance(r, list) else Record(fault=f"ended its reader ({r}): damaged") for r in results]
+
+
+def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
+    """What one file is."""
+    try:
+        with open(found.path, "rb") as file:
+            head = file.read(132)
+        if not head:
+            raise DicomError("an empty file")
+        if is_picture(found.path, head):
+            return Record(mask=picture_mask(found.path, head, key, found.code))
+        dicom = read_dicom(found.path)
+        if is_mask(dicom) or found.place == "masks":
+            return Record(mask=dicom_mask(dicom, found.path, key, found.code))
+        return Record(images=images_of(dicom, found.path, key, accept_lossy, found.code))
+    except DicomError as error:
+        return Record(fault=str(error))
+    except OSError as error:
+        return Record(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
+
+
+def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | None) -> Scan:
+    """Images, masks and faults of all records; an image that comes twice counts once, or not at all if the two differ."""
+    faults, images, mask_files = [], [], []
+    owner: dict[str, tuple[FoundFile, Record]] = {}
+    differing: set[str] = set()
+    for f, record in pairs:
+        what = f"file {f.code}"
+        if record.fault:
+            faults.append(Fault(what, record.fault))
+        elif record.mask is not None:
+            if f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
+                mask_files.append(record.mask)
+            else:
+                faults.append(Fault(what, "a mask among the images; name its folder as data.masks in site.yaml"))
+        elif record.images[0].instance not in owner:
+            owner[record.images[0].instance] = (f, record)
+        else:
+            first = owner[record.images[0].instance][0]
+            if _same_content(first.path, f.path):
+                faults.append(Fault(what, f"the same image as file {first.code}, byte for byte; counted once"))
+            else:
+                differing.add(record.images[0].instance)
+                faults.append(Fault(what, f"its SOPInstanceUID is that of file {first.code}, which is another image"))
+    for instance, (f, record) in owner.items():
+        if instance in differing:
+            faults.append(
+                Fault(f"file {f.code}", "another file has its SOPInstanceUID and other content; both are left out")
+            )
+        else:
+            images += record.images
+    return Scan(pairs, images, mask_files, faults)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    """Whether two files are equal, byte for byte."""
+    try:
+        with open(one, "rb") as a, open(other, "rb") as b:
+            return hashlib.file_digest(a, "sha256").digest() == hashlib.file_digest(b, "sha256").digest()
+    except OSError:
+        return False
+
+
+_SLICE_FIELDS = [f.name for f in fields(CtSlice) if f.name != "path"]
+_MASK_FIELDS = [f.name for f in fields(MaskFile) if f.name != "path"]
+
+
+def _settings(site: Site) -> list[Any]:
+    """What records depend on beside the file itself."""
+    return [READER_VERSION, site.accept_lossy, pseudonym(site.key(), "key", "")]
+
+
+def write_records(path: Path, site: Site, scan: Scan) -> None:
+    """Keep records for the next ingest: JSON lines of code, stamp and record; no path and no identifier."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(_settings(site)) + "\n")
+        for f, record in scan.files:
+            if f.refused:
+                continue
+            images = [[getattr(i, name) for name in _SLICE_FIELDS] for i in record.images]
+            mask = [getattr(record.mask, name) for name in _MASK_FIELDS] if record.mask else None
+            file.write(json.dumps([f.code, f.stamp, images, mask, record.fault], separators=(",", ":")) + "\n")
+
+
+def read_records(path: Path, site: Site) -> dict[str, tuple[str, Record]]:
+    """Code -> stamp and record, as write_records kept them; paths are put back by scan. {} if made otherwise."""
+    known: dict[str, tuple[str, Record]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            if json.loads(file.readline()) != _settings(site):
+                return {}
+            for line in file:
+                code, stamp, images, mask, fault = json.loads(line)
+                slices = tuple(CtSlice(Path(), *(_frozen(v) for v in image)) for image in images)
+                mask_file = MaskFile(Path(), *(_frozen(v) for v in mask)) if mask else None
+                known[code] = (stamp, Record(slices, mask_file, fault))
+    except (OSError, ValueError, TypeError):  # none there, or cut by a stop: the rest is read again
+        pass
+    return known
+
+
+def _frozen(value: object) -> object:
+    """A JSON list as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _placed(record: Record, path: Path) -> Record:
+    """A kept record with the path of today's walk."""
+    return Record(
+        tuple(replace(image, path=path) for image in record.images),
+        replace(record.mask, path=path) if record.mask else None,
+        record.fault,
+    )

@@ -1,0 +1,249 @@
+"""CT images to series: ordered, checked, and one series per study chosen.
+
+In: image headers in any order. Out: series whose slices belong together, ordered along their normal, and what was left
+out with the reason. File names, InstanceNumber and BodyPartExamined decide nothing. Stays in the hospital.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from client.dicom import Fault
+from client.images import CtSlice, normal_of
+
+SAME_PLACE_MM = 0.01  # two slices nearer than this are at one position
+UNEVEN = 1.5  # a gap this many times the median is a missing slice or a change of spacing
+DIRECTION_DIGITS = 3  # writers round direction cosines differently from slice to slice
+TILT_DEGREE = 1.0  # between the tilt that the orientation shows and the tag
+USUAL_THICKNESS_MM = 5.0  # non-contrast head CT is read at 5 mm (PHANTOM: 2.5 to 10)
+
+# Reconstruction kernels by their makers' names. Siemens: a letter, and a number that grows with sharpness (H31s, J40s,
+# Hr38f); Canon FC20 to 29 and 60 to 69 brain, FC30 to 39, 50 to 59 and 80 to 89 bone and lung; GE and Philips by word.
+_SOFT_WORDS = {"SOFT", "STANDARD", "STND", "DETAIL", "BRAIN", "SMOOTH", "UA", "UB", "UC", "A", "B"}
+_SHARP_WORDS = {"BONE", "BONEPLUS", "BONE PLUS", "EDGE", "LUNG", "ULTRA", "SHARP", "D", "E", "L", "YC", "YD", "YE"}
+_CANON = re.compile(r"FC(\d)\d")
+_SIEMENS = re.compile(r"[A-Z]{1,2}[a-z]?(\d{2})[a-z]*")
+
+
+@dataclass(frozen=True)
+class CtSeries:
+    """Slices of one series, ordered along the normal from the feet up.
+
+    Attributes:
+      name: keyed hash of the series.
+      slices: at least one, of one patient, orientation, pixel grid and rescale.
+      flags: what is unusual and does not spoil the series: "uneven", "tilt-differs", "sharp-kernel", "derived",
+        "contrast", "lossy".
+    """
+
+    name: str
+    slices: tuple[CtSlice, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def spacing_mm(self) -> float:
+        """Median distance of neighbouring slices along the normal; 0 for a single slice."""
+        heights = [s.height_mm for s in self.slices]
+        return float(np.median(np.diff(heights))) if len(heights) > 1 else 0.0
+
+    @property
+    def tilt_degree(self) -> float:
+        """Angle between the slices' normal and the patient's axis, from the orientation."""
+        normal = normal_of(self.slices[0].row_direction, self.slices[0].column_direction)
+        return math.degrees(math.acos(min(1.0, abs(normal[2]) / math.hypot(*normal))))
+
+
+def build_series(images: Iterable[CtSlice]) -> tuple[list[CtSeries], list[Fault]]:
+    """Series of images, in order of their name.
+
+    Args:
+      images: of any number of series, each image once.
+    Returns:
+      Series, and what does not hold together: slices unlike the rest of their series, and whole series.
+    """
+    by_series: dict[str, list[CtSlice]] = defaultdict(list)
+    for image in images:
+        by_series[image.series].append(image)
+    built, faults = [], []
+    for name, members in sorted(by_series.items()):
+        series, found = _build_one(name, members)
+        built += [series] if series else []
+        faults += found
+    return built, faults
+
+
+def _build_one(name: str, members: list[CtSlice]) -> tuple[CtSeries | None, list[Fault]]:
+    """One series, or why it cannot be used."""
+    what = f"series {name}"
+    if len({(s.patient, s.study) for s in members}) > 1:
+        return None, [Fault(what, "its images name several patients or studies, expected one; export it again")]
+    alike = Counter(_signature(s) for s in members)
+    usual, count = alike.most_common(1)[0]
+    if 2 * count <= len(members) and len(alike) > 1:
+        differing = " and ".join(
+            name for name, values in zip(_SHARED, zip(*alike, strict=True), strict=True) if len(set(values)) > 1
+        )
+        return None, [
+            Fault(what, f"its {len(members)} images differ in {differing}; expected one kind; split the series")
+        ]
+    faults = []
+    for s in members:
+        differing = " and ".join(name for name, a, b in zip(_SHARED, _signature(s), usual, strict=True) if a != b)
+        if differing:
+            faults.append(
+                Fault(f"file {s.file}", f"differs from the {count} other images of its series in {differing}")
+            )
+    slices = tuple(sorted((s for s in members if _signature(s) == usual), key=lambda s: (s.height_mm, s.image)))
+    heights = np.array([s.height_mm for s in slices])
+    gaps = np.diff(heights)
+    if len(gaps) and gaps.min() < SAME_PLACE_MM:
+        double = int((gaps < SAME_PLACE_MM).sum())
+        reason = (
+            f"{double} of {len(slices)} slices at the position of another, expected one each; export one series each"
+        )
+        return None, [*faults, Fault(what, reason)]
+    series = CtSeries(name, slices)
+    return replace(series, flags=_flags(series)), faults
+
+
+_SHARED = (
+    "pixel grid",
+    "pixel spacing",
+    "orientation",
+    "storage",
+    "rescale",
+    "kernel",
+    "frame of reference",
+    "compression",
+)
+
+
+def _signature(s: CtSlice) -> tuple:
+    """What all images of one series share, in the order of _SHARED."""
+    return (
+        s.shape,
+        tuple(round(v, 4) for v in s.spacing_mm),
+        tuple(round(v, DIRECTION_DIGITS) + 0.0 for v in (*s.row_direction, *s.column_direction)),
+        (s.bits_stored, s.signed, s.padding),
+        (s.slope, s.intercept),
+        s.kernel,
+        s.space,
+        s.lossy,
+    )
+
+
+def _flags(series: CtSeries) -> tuple[str, ...]:
+    """What a reader of the report should know about a series."""
+    first = series.slices[0]
+    gaps = np.diff([s.height_mm for s in series.slices])
+    flags = {
+        "uneven": len(gaps) > 1 and gaps.max() > UNEVEN * np.median(gaps),
+        "tilt-differs": abs(abs(first.tilt_degree) - series.tilt_degree) > TILT_DEGREE,
+        "sharp-kernel": sharpness(first) == "sharp",
+        "derived": first.derived,
+        "contrast": first.contrast,
+        "lossy": first.lossy,
+    }
+    return tuple(name for name, holds in flags.items() if holds)
+
+
+def sharpness(image: CtSlice) -> str:
+    """Whether an image's kernel is "soft" (brain), "sharp" (bone, lung) or "unknown"."""
+    kernel = image.kernel.strip()
+    canon, siemens = _CANON.fullmatch(kernel.upper()), _SIEMENS.match(kernel)
+    if image.bone or kernel.upper() in _SHARP_WORDS:
+        return "sharp"
+    if kernel.upper() in _SOFT_WORDS:
+        return "soft"
+    if canon:
+        return {"2": "soft", "6": "soft", "3": "sharp", "5": "sharp", "8": "sharp"}.get(canon[1], "unknown")
+    if siemens:
+        return "soft" if int(siemens[1]) < 50 else "sharp"
+    return "unknown"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which series of a study was taken.
+
+    Attributes:
+      study: keyed hash.
+      taken: names of the series, one unless several are labelled or have a mask.
+      reason: why.
+    """
+
+    study: str
+    taken: tuple[str, ...]
+    reason: str
+
+
+def choose(
+    series: Iterable[CtSeries], annotated: Mapping[str, str]
+) -> tuple[list[CtSeries], list[Choice], list[Fault]]:
+    """One series per study: the axial original one with a brain kernel.
+
+    What somebody labelled or drew a mask on comes first, and all of it; then no contrast agent, an original image, a
+    soft kernel, a distance of slices near 5 mm, more slices. Ties are broken by name.
+
+    Args:
+      series: all of them.
+      annotated: series name -> "labels", "masks" or both, for those that a label or mask refers to.
+    Returns:
+      The series taken in order of name, one choice per study, and a fault for each series that was not taken.
+    """
+    studies: dict[str, list[CtSeries]] = defaultdict(list)
+    for one in series:
+        studies[one.slices[0].study].append(one)
+    taken, choices, faults = [], [], []
+    for study, members in sorted(studies.items()):
+        ranked = sorted(members, key=_rank)
+        chosen = [s for s in ranked if s.name in annotated] or ranked[:1]
+        reason = f"has {annotated[chosen[0].name]}" if chosen[0].name in annotated else ""
+        reason = reason or ("the only one" if len(members) == 1 else f"best of {len(members)}: {describe(chosen[0])}")
+        names = {s.name for s in chosen}
+        choices.append(Choice(study, tuple(sorted(names)), reason))
+        taken += chosen
+        for other in ranked:
+            if other.name not in names:
+                faults.append(Fault(f"series {other.name}", f"not chosen: {_drawback(other, chosen[0], annotated)}"))
+    return sorted(taken, key=lambda s: s.name), choices, faults
+
+
+def describe(series: CtSeries) -> str:
+    """A series in a few words."""
+    first = series.slices[0]
+    return (
+        f"{'derived' if first.derived else 'original'}, kernel {first.kernel} ({sharpness(first)}), "
+        f"{len(series.slices)} slices every {series.spacing_mm:.1f} mm{', contrast' if first.contrast else ''}"
+    )
+
+
+_CRITERIA = (
+    "a contrast agent",
+    "a derived image",
+    "a sharp kernel",
+    "a distance of slices further from 5 mm",
+    "fewer slices",
+)
+
+
+def _rank(series: CtSeries) -> tuple:
+    """Order of preference within a study, in the order of _CRITERIA; the smallest is taken."""
+    first = series.slices[0]
+    kernel = {"soft": 0, "unknown": 1, "sharp": 2}[sharpness(first)]
+    distance = abs(series.spacing_mm - USUAL_THICKNESS_MM)
+    return (first.contrast, first.derived, kernel, round(distance, 1), -len(series.slices), series.name)
+
+
+def _drawback(other: CtSeries, chosen: CtSeries, annotated: Mapping[str, str]) -> str:
+    """Why a series lost against the one that was taken."""
+    if chosen.name in annotated:
+        return "labels and masks refer to another series of its study"
+    worse = next((c for c, a, b in zip(_CRITERIA, _rank(other), _rank(chosen), strict=False) if a > b), "the same kind")
+    return f"{worse}; the study's {describe(chosen)} was taken"

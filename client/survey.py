@@ -1,0 +1,104 @@
+"""What a hospital's folder holds, before its pixels are read: series, masks, labels, and how they belong together.
+
+`ingest` and `check` both begin here, so that what the one reports is what the other takes. Stays in the hospital.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from client.crew import Crew, WorkerEnded
+from client.dicom import Fault
+from client.labels import annotated_series, match_labels, read_labels
+from client.masks import match_masks
+from client.reading import Part, SeriesJob, can_read, read_part
+from client.scan import FoundFile, Record, Scan, scan
+from client.series import Choice, CtSeries, build_series, choose
+from shared.site import Site
+
+PART_VERSION = 1  # of what read_part makes; parts of another version are made again
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A hospital's data, ready to be read.
+
+    Attributes:
+      scan: every file and what it is.
+      jobs: one per series that was taken, in order of its name.
+      choices: which series of each study was taken, and why.
+      labels: image name -> "1", "0" or "".
+      faults: what was left out so far.
+    """
+
+    scan: Scan
+    jobs: tuple[SeriesJob, ...]
+    choices: tuple[Choice, ...]
+    labels: dict[str, str]
+    faults: tuple[Fault, ...]
+
+    def series(self) -> list[CtSeries]:
+        """The series that were taken."""
+        return [job.series for job in self.jobs]
+
+
+def survey(
+    site: Site, files: list[FoundFile], known: Mapping[str, tuple[str, Record]], crew: Crew, progress: Progress
+) -> Survey:
+    """Read the headers of a hospital's files and decide what is taken.
+
+    Raises:
+      LabelError: the label table cannot be used.
+    """
+    rows = read_labels(site)  # before the long part: a table's faults are soon mended
+    found = scan(site, files, known, crew, lambda done, total: progress("headers", done, total))
+    series, series_faults = build_series(found.images)
+    masks, mask_faults = match_masks(found.masks, series)
+    taken, choices, left = choose(series, annotated_series(rows, masks))
+    labels, label_faults = match_labels(rows, taken, site.labels.name if site.labels else "")
+    key = site.key()
+    jobs = tuple(SeriesJob(one, tuple(masks.get(one.name, ())), key, site.segments) for one in taken)
+    faults = (*found.faults, *series_faults, *mask_faults, *left, *label_faults)
+    return Survey(found, jobs, tuple(choices), labels, faults)
+
+
+def fingerprints(survey: Survey) -> list[str]:
+    """Per job, a hash of all that its Part depends on: its files, by stamp, and the segment's name."""
+    stamps = {f.code: f.stamp for f, _ in survey.scan.files}
+    prints = []
+    for job in survey.jobs:
+        content = [
+            PART_VERSION,
+            [(s.file, stamps[s.file], s.frame) for s in job.series.slices],
+            [(m.file, stamps[m.file]) for m in job.masks],
+            job.segments,
+        ]
+        prints.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
+    return prints
+
+
+def read_parts(jobs: list[SeriesJob], crew: Crew) -> Iterator[Part]:
+    """The parts of some jobs, in their order; images that end their reader are left out."""
+    for job, result in crew.run(read_part, jobs):
+        yield result if isinstance(result, Part) else _without_killers(job, crew)
+
+
+def _without_killers(job: SeriesJob, crew: Crew) -> Part:
+    """The part of a series whose reading ended a process: its images are tried one by one first."""
+    killers = {
+        image.image for image, result in crew.run(can_read, job.series.slices) if isinstance(result, WorkerEnded)
+    }
+    reason = "ended its reader: damaged; export it again"
+    faults = tuple(Fault(f"file {s.file}", reason) for s in job.series.slices if s.image in killers)
+    rest = tuple(s for s in job.series.slices if s.image not in killers)
+    if killers and rest:
+        (_, part), *_ = crew.run(read_part, [replace(job, series=replace(job.series, slices=rest))])
+        if isinstance(part, Part):
+            return replace(part, faults=(*faults, *part.faults))
+    what = Fault(f"series {job.series.name}", f"{reason}; its {len(job.series.slices)} images and masks are left out")
+    return Part.empty(job.series.name, job.series.slices[0].patient, (*faults, what))
