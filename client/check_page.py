@@ -25,7 +25,7 @@ WINDOW_HU = (0, 80)  # the brain window
 OUTLINE = (235, 92, 60)
 TILES_PER_ROW = 6
 TILE_PX, CAPTION_PX = 172, 20
-SHOWN = 12  # of those left out for one reason
+SHOWN = 8  # of those left out for one reason
 MOST_STUDIES = 200  # in the table of choices
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>

@@ -39,7 +39,7 @@ class Fault:
     """One thing that was left out, and why.
 
     Attributes:
-      what: "file 1a2b3c4d" or "series 1a2b…": keyed hashes that `hemafed-client find` turns back; or a line of a table.
+      what: "file 1a2b…" or "series 3c4d…": keyed hashes that `hemafed-client find` turns back; or a line of a table.
       reason: the value found and what was expected; names no patient.
     """
 

@@ -21,7 +21,7 @@ def find(site: Site, codes: Sequence[str]) -> Iterator[tuple[str, str]]:
 
     Args:
       site: whose report they are from.
-      codes: 8 digits of a file, or 16 (or the first 8 or more) of a series, study, patient or image.
+      codes: the 16 digits of a file, series, study, patient or image, or their first 8 or more.
     Yields:
       Code, and what it is: identifiers and paths, not for any file or log.
     """
@@ -29,9 +29,9 @@ def find(site: Site, codes: Sequence[str]) -> Iterator[tuple[str, str]]:
     files = walk(lent)
     open_codes = {code.partition(".")[0].strip(",") for code in codes}
     for f in files:
-        if f.code in open_codes:
-            open_codes.discard(f.code)
-            yield f.code, str(f.path)
+        for code in _meant(f.code, open_codes):
+            open_codes.discard(code)
+            yield code, str(f.path)
     if open_codes:
         yield from _find_in_headers(files, lent.key(), open_codes)
 
@@ -50,8 +50,12 @@ def _find_in_headers(files: Sequence[FoundFile], key: bytes, open_codes: set[str
             continue
         for kind, value in values.items():
             name = pseudonym(key, kind, value)
-            for code in sorted(open_codes):
-                if len(code) >= 8 and name.startswith(code):
-                    open_codes.discard(code)
-                    where = "" if kind == "patient" else f", PatientID {values['patient']}"
-                    yield code, f"{kind} {value}{where}, first in {f.path}"
+            for code in _meant(name, open_codes):
+                open_codes.discard(code)
+                where = "" if kind == "patient" else f", PatientID {values['patient']}"
+                yield code, f"{kind} {value}{where}, first in {f.path}"
+
+
+def _meant(name: str, codes: set[str]) -> list[str]:
+    """The codes that mean a keyed hash."""
+    return [code for code in sorted(codes) if len(code) >= 8 and name.startswith(code)]

@@ -31,7 +31,7 @@ class FoundFile:
 
     Attributes:
       path: where it is.
-      code: keyed hash of its path below its folder, 8 digits; what messages call it.
+      code: keyed hash of its path below its folder; what messages call it.
       place: "images" or "masks".
       stamp: its size and time of change; what tells whether it is the same.
       refused: why it is not opened; "" if it is.
@@ -80,20 +80,21 @@ def walk(site: Site) -> list[FoundFile]:
     """Every file of a hospital's images and masks, in order of its path.
 
     A masks folder inside the images folder, or the same one, is walked once. Links, hidden files, special files and
-    folders that cannot be opened are in the list, refused: nothing is passed over silently.
+    folders that cannot be opened are in the list, refused: nothing is passed over silently but what ingest itself wrote.
     """
     key = site.key()
-    found = list(_walk(site.images, "images", key))
+    own = {str(site.state), *(f"{site.cache}{suffix}" for suffix in ("", ".partial", ".old"))}
+    found = list(_walk(site.images, "images", key, own))
     if site.masks is not None and not site.masks.is_relative_to(site.images):
-        found += _walk(site.masks, "masks", key)
+        found += _walk(site.masks, "masks", key, own)
     return found
 
 
-def _walk(root: Path, place: str, key: bytes) -> Iterator[FoundFile]:
-    """One folder and those below it, depth first."""
+def _walk(root: Path, place: str, key: bytes, own: set[str]) -> Iterator[FoundFile]:
+    """One folder and those below it, depth first, without the site's own."""
 
     def entry(path: str, stamp: str, refused: str = "") -> FoundFile:
-        code = pseudonym(key, "file", f"{place}/{os.path.relpath(path, root)}")[:8]
+        code = pseudonym(key, "file", f"{place}/{os.path.relpath(path, root)}")
         return FoundFile(Path(path), code, place, stamp, refused)
 
     folders = [str(root)]
@@ -111,7 +112,7 @@ def _walk(root: Path, place: str, key: bytes) -> Iterator[FoundFile]:
             elif one.name.startswith("."):
                 yield entry(one.path, "", "a hidden file or folder")
             elif one.is_dir():
-                inner.append(one.path)
+                inner += [] if one.path in own else [one.path]
             elif not one.is_file():
                 yield entry(one.path, "", "neither a file nor a folder")
             else:
