@@ -64,7 +64,7 @@ _PIXEL_DATA = {"little": b"\xe0\x7f\x10\x00", "big": b"\x7f\xe0\x00\x10"}
 Vector = tuple[float, float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a big export has a million of them
 class CtSlice:
     """One CT image, or one frame of a multi-frame image, without its pixels.
 

@@ -25,7 +25,7 @@ READER_VERSION = 1  # of what is read from a file; records of another version ar
 _CHUNK = 64  # files per job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FoundFile:
     """A file of the hospital's folders, not yet read.
 
@@ -44,7 +44,7 @@ class FoundFile:
     refused: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a file is; exactly one of the three is there.
 
