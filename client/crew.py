@@ -8,6 +8,7 @@ Stays in the hospital.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from typing import Any, Self, TypeVar
 from client.dicom import silence_readers
 
 Job = TypeVar("Job")
-PATIENCE_S = 120.0  # of processor time for one job; a damaged stream can keep a decoder busy for ever
+PATIENCE_S = 120.0  # of processor time for one image or mask; a damaged stream can keep a decoder busy for ever
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -29,21 +30,29 @@ class WorkerEnded(Exception):
     """The process that ran a job ended, twice: once among others, once alone."""
 
 
-def _prepare() -> None:
+def _prepare(parent: int) -> None:
     """A worker writes nothing, leaves Ctrl-C to its parent and, on Linux, ends with it even when that is killed."""
     silence_readers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:  # killed before the line above
+            os._exit(1)
 
 
 def _timed(work: Callable[[Job], Any], job: Job) -> Any:
-    """A job in a worker; the system ends the process if it uses PATIENCE_S of processor time."""
+    """A job in a worker; the system ends the process if it uses PATIENCE_S of processor time and does not get on."""
     signal.setitimer(signal.ITIMER_PROF, PATIENCE_S)
     try:
         return work(job)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def restart_clock() -> None:
+    """Give a job PATIENCE_S again: it has got on, as a long series does. Without effect outside a worker."""
+    if signal.getitimer(signal.ITIMER_PROF)[0]:
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE_S)
 
 
 class Crew:
@@ -99,7 +108,7 @@ class Crew:
             return future.result(timeout=0)
         except (BrokenProcessPool, TimeoutError):
             pass
-        with ProcessPoolExecutor(1, initializer=_prepare) as alone:
+        with ProcessPoolExecutor(1, initializer=_prepare, initargs=(os.getpid(),)) as alone:
             try:
                 return alone.submit(_timed, work, job).result()
             except BrokenProcessPool:
@@ -108,7 +117,7 @@ class Crew:
     def _start(self) -> ProcessPoolExecutor:
         """The processes, started when first needed."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.workers, initializer=_prepare)
+            self._pool = ProcessPoolExecutor(self.workers, initializer=_prepare, initargs=(os.getpid(),))
         return self._pool
 
     def _end(self) -> None:

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from client.crew import Crew
 from client.dicom import Fault, pseudonym
 from client.labels import SPLIT_SHARES, LabelError, splits_of
-from client.scan import READER_VERSION, FoundFile, manifest_of, read_records, walk, write_records
-from client.store import HEAD, RECORDS, PartialCache, StoredPart, read_journal, strangers, swap_in
+from client.records import append_records, read_records, write_records
+from client.scan import READER_VERSION, FoundFile, manifest_of, walk
+from client.store import HEAD, RECORDS, PartialCache, StoredPart, read_journal, remove_leftovers, strangers, swap_in
 from client.survey import PART_VERSION, Progress, Survey, fingerprints, read_parts, survey
 from shared.site import Site
 from shared.slices import FORMAT_VERSION, CacheError, read_cache
@@ -70,29 +71,41 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
     Returns:
       Counts and faults.
     Raises:
-      IngestError: no usable slice, a label table that does not fit, a cache folder that holds something else, or another
-        ingest of this site at work.
+      IngestError: no usable slice, a label table that does not fit, a cache folder that holds something else, another
+        ingest of this site at work, or no room on the disk.
     """
-    with _alone(site):
-        _check_cache(site)
-        swap_in(site.cache)  # what a killed ingest had finished
-        files = walk(site)
-        manifest = _manifest(site, files)
-        current = _current_report(site, manifest, len(files))
-        if current:
-            return current
-        with Crew(workers) as crew:
-            return _write(site, files, manifest, crew, progress)
+    try:
+        with _alone(site):
+            _check_cache(site)
+            swap_in(site.cache)  # what a killed ingest had finished
+            files = walk(site)
+            manifest = _manifest(site, files)
+            report = _current_report(site, manifest, len(files))
+            if not report:
+                with Crew(workers) as crew:
+                    report = _write(site, files, manifest, crew, progress)
+            remove_leftovers(site.cache)
+            return report
+    except LabelError as error:
+        raise IngestError(f"site {site.name!r}: {error}") from error
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise IngestError(
+            f"site {site.name!r}: cache and state cannot be written ({error.strerror or type(error).__name__}); the cache "
+            "is as it was: make room or give permission, and start again; it goes on where it was"
+        ) from error
 
 
 def _write(site: Site, files: list[FoundFile], manifest: str, crew: Crew, progress: Progress) -> IngestReport:
     """Read what is new, copy what is not, and put the new cache in place."""
     partial = PartialCache(site.cache)
-    known = read_records(site.cache / RECORDS, site) | read_records(partial.folder / RECORDS, site)
-    try:
-        found = survey(site, files, known, crew, progress)
-    except LabelError as error:
-        raise IngestError(f"site {site.name!r}: {error}") from error
+    partial.folder.mkdir(parents=True, exist_ok=True)
+    records = partial.folder / RECORDS
+    begun = read_records(records, site)
+    if not begun:
+        records.unlink(missing_ok=True)
+    known = read_records(site.cache / RECORDS, site) | begun
+    found = survey(site, files, known, crew, progress, lambda pairs: append_records(records, site, pairs))
+    write_records(records, site, found.scan.files)
     if not found.jobs:
         raise IngestError(
             f"site {site.name!r}: no usable CT series in {site.images} ({len(files)} files{_reasons(found.faults)}); "
@@ -105,7 +118,8 @@ def _write(site: Site, files: list[FoundFile], manifest: str, crew: Crew, progre
         if not parts:
             raise IngestError(f"site {site.name!r}: no slice of {len(found.jobs)} series can be used{_reasons(faults)}")
         report = _report(found, parts, len(files), read, faults)
-        head = {"format": FORMAT_VERSION, "manifest": manifest, **asdict(report)}
+        content = {name: value for name, value in asdict(report).items() if name not in ("read", "unchanged")}
+        head = {"format": FORMAT_VERSION, "manifest": manifest, **content}  # nothing of how it came to be
         partial.finish(found.labels, splits_of(site, {part.patient for part in parts}), head)
     return report
 
@@ -114,7 +128,6 @@ def _fill(site: Site, partial: PartialCache, found: Survey, crew: Crew, progress
     """Bring every series into the partial cache, in order; returns how many were read."""
     prints = fingerprints(found)
     done = partial.begin(prints)
-    write_records(partial.folder / RECORDS, site, found.scan)
     old: dict[str, StoredPart] = {part.fingerprint: part for part in _whole_parts(site)}
     fresh = [job for job, name in zip(found.jobs[done:], prints[done:], strict=True) if name not in old]
     reading = read_parts(fresh, crew)
@@ -167,8 +180,8 @@ def _alone(site: Site) -> Iterator[None]:
     site.key()  # makes the state folder
     with open(site.state / "ingest.lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by worker processes
+        except (BlockingIOError, PermissionError) as error:  # fcntl(2): one or the other, by system
             raise IngestError(f"site {site.name!r}: another ingest is at work; wait for it, or end it") from error
         yield
 
@@ -186,11 +199,14 @@ def _check_cache(site: Site) -> None:
 
 def _manifest(site: Site, files: list[FoundFile]) -> str:
     """Hash of what the cache is made from: files, labels, the site's settings and this reader's versions."""
-    stat = site.labels.stat() if site.labels else None
+    labels = None
+    if site.labels:
+        with open(site.labels, "rb") as file:
+            labels = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         "versions": [FORMAT_VERSION, READER_VERSION, PART_VERSION],
         "files": manifest_of(files),
-        "labels": [stat.st_size, stat.st_mtime_ns] if stat else None,
+        "labels": labels,
         "split": SPLIT_SHARES,
         "role": site.role,
         "segments": site.segments,

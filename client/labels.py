@@ -45,9 +45,11 @@ class LabelRow:
 def read_labels(site: Site) -> list[LabelRow]:
     """The label table, a CSV with columns series_uid, sop_uid or slice_index, and hypodensity; others are ignored.
 
+    Lines that say nothing at all are passed over: spreadsheets end with them.
+
     Raises:
-      LabelError: a missing column, a value that is none of 1, 0 and blank, or a slice_index that is no number; all of
-        them at once.
+      LabelError: no CSV table that can be read, a missing column, a value that is none of 1, 0 and blank, or a
+        slice_index that is no number; all of a table's lines at once.
     """
     if site.labels is None:
         return []
@@ -56,6 +58,10 @@ def read_labels(site: Site) -> list[LabelRow]:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             table = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise LabelError(
+            f"{site.labels.name} cannot be opened ({error.strerror}); give permission to read it"
+        ) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise LabelError(
             f"{site.labels.name} is not a CSV table in UTF-8 ({type(error).__name__}); save it as one"
@@ -68,6 +74,8 @@ def read_labels(site: Site) -> list[LabelRow]:
     key, rows, wrong = site.key(), [], []
     for line, row in table:
         uid, where, value = ((row[column] or "").strip() for column in ("series_uid", place, "hypodensity"))
+        if not (uid or where or value):
+            continue
         if value not in ("", "0", "1"):
             wrong.append(f"line {line}: hypodensity is neither 1, 0 nor blank")
         elif place == "slice_index" and not (where.isascii() and where.isdecimal()):
@@ -93,7 +101,7 @@ def match_labels(
     Returns:
       Image name -> "1", "0" or ""; and the lines that belong to no image.
     Raises:
-      LabelError: two lines give one slice different labels, or no line belongs to any image.
+      LabelError: two lines give one slice different labels, or there are images and no line belongs to any.
     """
     by_name = {one.name: one for one in series}
     instances = {one.name: {s.instance: s for s in one.slices} for one in series}
@@ -129,7 +137,7 @@ def match_labels(
         lines.setdefault(image.image if image else "", row.line)
     if wrong:
         raise LabelError(f"{table} contradicts itself:\n  {_some(wrong)}\ncorrect these lines")
-    if rows and not labels:
+    if rows and series and not labels:
         raise LabelError(f"{table}: none of {len(rows)} lines belongs to an image in data.images ({faults[0].reason})")
     return labels, faults
 
@@ -165,11 +173,19 @@ def splits_of(site: Site, patients: Iterable[str], keep: bool = True) -> dict[st
       site: whose.
       patients: hashes.
       keep: whether new patients' splits are written down.
+    Raises:
+      LabelError: the splits written down cannot be read; without them, who was trained on could be tested on.
     """
     if site.role != "train":
         return dict.fromkeys(patients, "test")
     path = site.state / "splits.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        damaged = not isinstance(known, dict) or not SPLIT_SHARES.keys() >= set(known.values())
+    except (OSError, ValueError, TypeError):
+        damaged = True
+    if damaged:
+        raise LabelError(f"{path} is damaged: it says which patients are tested on; restore it from a backup")
     splits = assign_splits(patients, known)
     if keep and splits != known:
         partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from client.crew import restart_clock
 from client.dicom import DicomError, Fault
 from client.hounsfield import BINS, histogram, implausible
 from client.images import CtSlice
 from client.masks import MaskFile, read_mask
 from client.pixels import AIR_HU, clamp_hu, read_hu
-from client.resample import head_centre, resample, touches_edge
+from client.resample import head_centre, resample, touches_edge, upright_grid
 from client.series import CtSeries
-from shared.slices import SIDE_PX
+from shared.slices import PIXEL_MM, SIDE_PX
 
 MOST_FOR_CENTRE = 32  # slices that the head's place is measured on, held at full size
 OFF_HEAD_HU = -300.0  # a mask's pixel below it lies in air, not in the head
@@ -105,10 +106,20 @@ class Part:
 
 
 def read_part(job: SeriesJob) -> Part:
-    """Read, check and resample one series."""
+    """Read, check and resample one series; what cannot be used of it is told in the part's faults."""
+    try:
+        return _read_part(job)
+    except Exception as error:  # one bad series never stops a hospital's ingest
+        what = Fault(f"series {job.series.name}", f"cannot be read ({type(error).__name__}); export it again")
+        return Part.empty(job.series.name, job.series.slices[0].patient, (what,))
+
+
+def _read_part(job: SeriesJob) -> Part:
+    """read_part, for what is foreseen."""
     series, faults, counts = job.series, [], np.zeros(BINS, np.int64)
     masks: dict[str, NDArray[np.uint8]] = {}
     for file in job.masks:
+        restart_clock()
         try:
             found, remarks = read_mask(file, series, job.key, job.segments)
             masks |= found
@@ -121,7 +132,7 @@ def read_part(job: SeriesJob) -> Part:
     del measured
     hu, resampled, rows = [], [], []
     inside = off = 0
-    for one, hu_YX in _slices(series, held, faults):
+    for one, hu_YX in _slices(series, held, centre_mm, faults):
         counts += histogram(hu_YX)
         slice_YX = np.rint(resample(clamp_hu(hu_YX), one, centre_mm, fill=AIR_HU)).astype(np.int16)
         mask_YX = masks.get(one.image)
@@ -167,23 +178,45 @@ def _held(series: CtSeries, faults: list[Fault]) -> dict[str, NDArray[np.float32
 
 
 def _slices(
-    series: CtSeries, held: dict[str, NDArray[np.float32] | None], faults: list[Fault]
+    series: CtSeries,
+    held: dict[str, NDArray[np.float32] | None],
+    centre_mm: tuple[float, float],
+    faults: list[Fault],
 ) -> Iterator[tuple[CtSlice, NDArray[np.float32]]]:
-    """Every slice that can be read, in order; those that are held are not read again."""
+    """Every slice that can be used, in order; those that are held are not read again."""
     for one in series.slices:
         hu_YX = held.pop(one.image) if one.image in held else _read(one, faults)
-        if hu_YX is not None:
+        beside_mm = _beside_mm(one, centre_mm)
+        if hu_YX is not None and beside_mm > SIDE_PX * PIXEL_MM / 2:
+            reason = f"its picture lies {beside_mm:.4g} mm beside the head of its series; expected around it"
+            faults.append(Fault(image_name(one), reason))
+        elif hu_YX is not None:
             yield one, hu_YX
+
+
+def _beside_mm(one: CtSlice, centre_mm: tuple[float, float]) -> float:
+    """How far a place is outside of a slice's picture, along the axis where it is farther; 0 or less inside."""
+    grid = upright_grid(one)
+    shape = one.shape[::-1] if grid.transposed else one.shape
+    offset_mm = grid.offset_mm(centre_mm)
+    return max(
+        max(-offset, offset - n * spacing) for offset, n, spacing in zip(offset_mm, shape, grid.spacing_mm, strict=True)
+    )
 
 
 def _read(one: CtSlice, faults: list[Fault]) -> NDArray[np.float32] | None:
     """A slice's HU; None, and a fault, if it cannot be read."""
+    restart_clock()
     try:
         return read_hu(one)
     except DicomError as error:
-        frame = f" frame {one.frame + 1}" if one.frames > 1 else ""
-        faults.append(Fault(f"file {one.file}{frame}", str(error)))
+        faults.append(Fault(image_name(one), str(error)))
         return None
+
+
+def image_name(one: CtSlice) -> str:
+    """What messages call an image."""
+    return f"file {one.file} frame {one.frame + 1}" if one.frames > 1 else f"file {one.file}"
 
 
 def can_read(image: CtSlice) -> bool:

@@ -1,19 +1,18 @@
 """A hospital's folders to records: what every file is, read once and kept.
 
 In: the folders of a Site. Out, for each file: the CT images in it, a mask, or the reason why it is left out. Records of
-files that have not changed are taken from the last ingest, so that a walk of the folders is all that they cost. Records
-hold keyed hashes only. Stays in the hospital.
+files that have not changed are taken from the last ingest (client/records.py), so that a walk of the folders is all that
+they cost. Records hold keyed hashes only. Stays in the hospital.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from client.crew import Crew
 from client.dicom import DicomError, Fault, pseudonym, read_dicom
@@ -79,14 +78,15 @@ class Scan:
 def walk(site: Site) -> list[FoundFile]:
     """Every file of a hospital's images and masks, in order of its path.
 
-    A masks folder inside the images folder, or the same one, is walked once. Links, hidden files, special files and
-    folders that cannot be opened are in the list, refused: nothing is passed over silently but what ingest itself wrote.
+    A masks folder inside the images folder, the same one, or around it is walked once. Links, hidden files, special
+    files, and files and folders that may not be opened are in the list, refused: nothing is passed over silently but the
+    label table and what ingest itself wrote.
     """
     key = site.key()
-    own = {str(site.state), *(f"{site.cache}{suffix}" for suffix in ("", ".partial", ".old"))}
+    own = {str(site.state), str(site.labels), *(f"{site.cache}{suffix}" for suffix in ("", ".partial", ".old"))}
     found = list(_walk(site.images, "images", key, own))
     if site.masks is not None and not site.masks.is_relative_to(site.images):
-        found += _walk(site.masks, "masks", key, own)
+        found += _walk(site.masks, "masks", key, own | {str(site.images)})
     return found
 
 
@@ -94,8 +94,8 @@ def _walk(root: Path, place: str, key: bytes, own: set[str]) -> Iterator[FoundFi
     """One folder and those below it, depth first, without the site's own."""
 
     def entry(path: str, stamp: str, refused: str = "") -> FoundFile:
-        code = pseudonym(key, "file", f"{place}/{os.path.relpath(path, root)}")
-        return FoundFile(Path(path), code, place, stamp, refused)
+        name = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")  # names may be in Latin-1
+        return FoundFile(Path(path), pseudonym(key, "file", f"{place}/{name}"), place, stamp, refused)
 
     folders = [str(root)]
     while folders:
@@ -107,18 +107,33 @@ def _walk(root: Path, place: str, key: bytes, own: set[str]) -> Iterator[FoundFi
             continue
         inner = []
         for one in entries:
-            if one.is_symlink():
-                yield entry(one.path, "", "a symbolic link, expected a file; it may lead out of the folder")
-            elif one.name.startswith("."):
-                yield entry(one.path, "", "a hidden file or folder")
-            elif one.is_dir():
-                inner += [] if one.path in own else [one.path]
-            elif not one.is_file():
-                yield entry(one.path, "", "neither a file nor a folder")
-            else:
-                stat = one.stat()
-                yield entry(one.path, f"{stat.st_size} {stat.st_mtime_ns}")
+            if one.path in own:
+                continue
+            try:
+                refused = _refusal(one)
+                if not refused and one.is_dir():
+                    inner.append(one.path)
+                    continue
+                stamp = "" if refused else f"{one.stat().st_size} {one.stat().st_mtime_ns}"
+            except OSError as error:  # gone since its folder was listed, or in a folder that may only be listed
+                refused, stamp = f"cannot be opened ({error.strerror})", ""
+            yield entry(one.path, stamp, refused)
         folders += reversed(inner)
+
+
+def _refusal(one: os.DirEntry) -> str:
+    """Why an entry of a folder is not opened; "" if it is."""
+    if one.is_symlink():
+        return "a symbolic link, expected a file; it may lead out of the folder"
+    if one.name.startswith("."):
+        return "a hidden file or folder"
+    if one.is_dir():
+        return ""
+    if not one.is_file():
+        return "neither a file nor a folder"
+    one.stat()
+    # Part of the walk, so that permission given later is noticed: it changes neither size nor time.
+    return "" if os.access(one.path, os.R_OK) else "cannot be opened (Permission denied)"
 
 
 def manifest_of(files: Iterable[FoundFile]) -> str:
@@ -135,6 +150,7 @@ def scan(
     known: Mapping[str, tuple[str, Record]],
     crew: Crew,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep: Callable[[list[tuple[FoundFile, Record]]], None] = lambda pairs: None,
 ) -> Scan:
     """What every file is.
 
@@ -144,6 +160,7 @@ def scan(
       known: code -> stamp and record of the last ingest.
       crew: processes that read.
       progress: told files read and files to read.
+      keep: given the new records as they come, for an ingest that may be stopped.
     """
     key = site.key()
     fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
@@ -152,6 +169,7 @@ def scan(
     for (chunk, *_), result in crew.run(_scan_chunk, chunks):
         read = result if isinstance(result, list) else _one_by_one(crew, chunk, key, site.accept_lossy)
         records.update({f.code: record for f, record in zip(chunk, read, strict=True)})
+        keep(list(zip(chunk, read, strict=True)))
         progress(len(records), len(fresh))
     pairs = []
     for f in files:
@@ -190,38 +208,34 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
         return Record(fault=str(error))
     except OSError as error:
         return Record(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
+    except Exception as error:  # one bad file never stops a hospital's ingest
+        return Record(fault=f"cannot be read ({type(error).__name__})")
 
 
 def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | None) -> Scan:
     """Images, masks and faults of all records; an image that comes twice counts once, or not at all if the two differ."""
     faults, images, mask_files = [], [], []
-    owner: dict[str, tuple[FoundFile, Record]] = {}
-    differing: set[str] = set()
+    instances: dict[str, list[tuple[FoundFile, Record]]] = defaultdict(list)
     for f, record in pairs:
         what = f"file {f.code}"
         if record.fault:
             faults.append(Fault(what, record.fault))
-        elif record.mask is not None:
-            if f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
-                mask_files.append(record.mask)
-            else:
-                faults.append(Fault(what, "a mask among the images; name its folder as data.masks in site.yaml"))
-        elif record.images[0].instance not in owner:
-            owner[record.images[0].instance] = (f, record)
+        elif record.mask is None:
+            instances[record.images[0].instance].append((f, record))
+        elif f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
+            mask_files.append(record.mask)
         else:
-            first = owner[record.images[0].instance][0]
-            if _same_content(first.path, f.path):
-                faults.append(Fault(what, f"the same image as file {first.code}, byte for byte; counted once"))
-            else:
-                differing.add(record.images[0].instance)
-                faults.append(Fault(what, f"its SOPInstanceUID is that of file {first.code}, which is another image"))
-    for instance, (f, record) in owner.items():
-        if instance in differing:
-            faults.append(
-                Fault(f"file {f.code}", "another file has its SOPInstanceUID and other content; both are left out")
-            )
-        else:
+            faults.append(Fault(what, "a mask among the images; name its folder as data.masks in site.yaml"))
+    for (first, record), *others in instances.values():
+        if all(_same_content(first.path, f.path) for f, _ in others):
             images += record.images
+            reason = f"the same image as file {first.code}, byte for byte; counted once"
+            faults += [Fault(f"file {f.code}", reason) for f, _ in others]
+        else:
+            reason = (
+                f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken"
+            )
+            faults += [Fault(f"file {f.code}", reason) for f in (first, *(f for f, _ in others))]
     return Scan(pairs, images, mask_files, faults)
 
 
@@ -232,49 +246,6 @@ def _same_content(one: Path, other: Path) -> bool:
             return hashlib.file_digest(a, "sha256").digest() == hashlib.file_digest(b, "sha256").digest()
     except OSError:
         return False
-
-
-_SLICE_FIELDS = [f.name for f in fields(CtSlice) if f.name != "path"]
-_MASK_FIELDS = [f.name for f in fields(MaskFile) if f.name != "path"]
-
-
-def _settings(site: Site) -> list[Any]:
-    """What records depend on beside the file itself."""
-    return [READER_VERSION, site.accept_lossy, pseudonym(site.key(), "key", "")]
-
-
-def write_records(path: Path, site: Site, scan: Scan) -> None:
-    """Keep records for the next ingest: JSON lines of code, stamp and record; no path and no identifier."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(_settings(site)) + "\n")
-        for f, record in scan.files:
-            if f.refused:
-                continue
-            images = [[getattr(i, name) for name in _SLICE_FIELDS] for i in record.images]
-            mask = [getattr(record.mask, name) for name in _MASK_FIELDS] if record.mask else None
-            file.write(json.dumps([f.code, f.stamp, images, mask, record.fault], separators=(",", ":")) + "\n")
-
-
-def read_records(path: Path, site: Site) -> dict[str, tuple[str, Record]]:
-    """Code -> stamp and record, as write_records kept them; paths are put back by scan. {} if made otherwise."""
-    known: dict[str, tuple[str, Record]] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            if json.loads(file.readline()) != _settings(site):
-                return {}
-            for line in file:
-                code, stamp, images, mask, fault = json.loads(line)
-                slices = tuple(CtSlice(Path(), *(_frozen(v) for v in image)) for image in images)
-                mask_file = MaskFile(Path(), *(_frozen(v) for v in mask)) if mask else None
-                known[code] = (stamp, Record(slices, mask_file, fault))
-    except (OSError, ValueError, TypeError):  # none there, or cut by a stop: the rest is read again
-        pass
-    return known
-
-
-def _frozen(value: object) -> object:
-    """A JSON list as a tuple."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _placed(record: Record, path: Path) -> Record:

@@ -28,7 +28,7 @@ from shared.slices import COLUMNS, SIDE_PX, CacheError, read_cache
 
 JOURNAL, RECORDS, HEAD = "parts.jsonl", "files.jsonl", "cache.json"
 ARRAYS = {"slices.npy": np.dtype(np.int16), "masks.npy": np.dtype(np.uint8)}
-FILES = {*ARRAYS, "index.csv", HEAD, JOURNAL, RECORDS, f"{RECORDS}.partial"}
+FILES = {*ARRAYS, "index.csv", HEAD, JOURNAL, RECORDS, f"{RECORDS}.partial", f"{JOURNAL}.partial"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class PartialCache:
         self.parts = journal[:same]
         rows = sum(len(part.rows) for part in self.parts)
         lines = "".join(_line(part) for part in self.parts)
-        (self.folder / JOURNAL).write_text(lines, encoding="utf-8")
+        shortened = self.folder / f"{JOURNAL}.partial"
+        shortened.write_text(lines, encoding="utf-8")
+        os.replace(shortened, self.folder / JOURNAL)
         for name, dtype in ARRAYS.items():
             head = _npy_head(dtype, 0)
             file = open(self.folder / name, "r+b" if (self.folder / name).exists() else "w+b")  # noqa: SIM115
@@ -205,6 +207,12 @@ def swap_in(cache: Path) -> bool:
     os.replace(partial, cache)
     remove(old)
     return True
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Delete what earlier ingests left beside a cache that is current."""
+    for suffix in (".partial", ".old"):
+        remove(cache.with_name(cache.name + suffix))
 
 
 def remove(folder: Path) -> None:

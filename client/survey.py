@@ -14,8 +14,8 @@ from client.crew import Crew, WorkerEnded
 from client.dicom import Fault
 from client.labels import annotated_series, match_labels, read_labels
 from client.masks import match_masks
-from client.reading import Part, SeriesJob, can_read, read_part
-from client.scan import FoundFile, Record, Scan, scan
+from client.reading import Part, SeriesJob, can_read, image_name, read_part
+from client.scan import READER_VERSION, FoundFile, Record, Scan, scan
 from client.series import Choice, CtSeries, build_series, choose
 from shared.site import Site
 
@@ -48,15 +48,24 @@ class Survey:
 
 
 def survey(
-    site: Site, files: list[FoundFile], known: Mapping[str, tuple[str, Record]], crew: Crew, progress: Progress
+    site: Site,
+    files: list[FoundFile],
+    known: Mapping[str, tuple[str, Record]],
+    crew: Crew,
+    progress: Progress,
+    keep: Callable[[list[tuple[FoundFile, Record]]], None] = lambda pairs: None,
 ) -> Survey:
     """Read the headers of a hospital's files and decide what is taken.
 
+    Args:
+      site: whose.
+      files, known, crew, keep: as scan takes them.
+      progress: told "headers", how many files are read, and how many there are to read.
     Raises:
       LabelError: the label table cannot be used.
     """
     rows = read_labels(site)  # before the long part: a table's faults are soon mended
-    found = scan(site, files, known, crew, lambda done, total: progress("headers", done, total))
+    found = scan(site, files, known, crew, lambda done, total: progress("headers", done, total), keep)
     series, series_faults = build_series(found.images)
     masks, mask_faults = match_masks(found.masks, series)
     taken, choices, left = choose(series, annotated_series(rows, masks))
@@ -68,15 +77,15 @@ def survey(
 
 
 def fingerprints(survey: Survey) -> list[str]:
-    """Per job, a hash of all that its Part depends on: its files, by stamp, and the segment's name."""
+    """Per job, a hash of all that its Part depends on: its files, by stamp, and which segment of a mask is meant."""
     stamps = {f.code: f.stamp for f, _ in survey.scan.files}
     prints = []
     for job in survey.jobs:
         content = [
-            PART_VERSION,
+            [READER_VERSION, PART_VERSION],
             [(s.file, stamps[s.file], s.frame) for s in job.series.slices],
             [(m.file, stamps[m.file]) for m in job.masks],
-            job.segments,
+            job.segments if job.masks else None,
         ]
         prints.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
     return prints
@@ -89,16 +98,26 @@ def read_parts(jobs: list[SeriesJob], crew: Crew) -> Iterator[Part]:
 
 
 def _without_killers(job: SeriesJob, crew: Crew) -> Part:
-    """The part of a series whose reading ended a process: its images are tried one by one first."""
+    """The part of a series whose reading ended a process: without the images that do so alone, else without its masks."""
     killers = {
         image.image for image, result in crew.run(can_read, job.series.slices) if isinstance(result, WorkerEnded)
     }
     reason = "ended its reader: damaged; export it again"
-    faults = tuple(Fault(f"file {s.file}", reason) for s in job.series.slices if s.image in killers)
-    rest = tuple(s for s in job.series.slices if s.image not in killers)
-    if killers and rest:
-        (_, part), *_ = crew.run(read_part, [replace(job, series=replace(job.series, slices=rest))])
-        if isinstance(part, Part):
+    faults = [Fault(image_name(s), reason) for s in job.series.slices if s.image in killers]
+    rest = replace(job.series, slices=tuple(s for s in job.series.slices if s.image not in killers))
+    if rest.slices and killers:
+        part = _alone(replace(job, series=rest), crew)
+        if part:
+            return replace(part, faults=(*faults, *part.faults))
+    if rest.slices and job.masks:
+        part = _alone(replace(job, series=rest, masks=()), crew)
+        if part:
+            faults += [Fault(f"file {m.file}", reason) for m in job.masks]
             return replace(part, faults=(*faults, *part.faults))
     what = Fault(f"series {job.series.name}", f"{reason}; its {len(job.series.slices)} images and masks are left out")
     return Part.empty(job.series.name, job.series.slices[0].patient, (*faults, what))
+
+
+def _alone(job: SeriesJob, crew: Crew) -> Part | None:
+    """One series; None if it ends its process."""
+    return next((result for _, result in crew.run(read_part, [job]) if isinstance(result, Part)), None)
