@@ -167,7 +167,8 @@ def images_of(file: DicomFile, path: Path, key: bytes, accept_lossy: bool, code:
     """read_images for a file that is open already."""
     ds = file.ds
     try:
-        sop_class = text(ds, "SOPClassUID")
+        # Some public sets (RSNA) lost the element; the file's meta group has it too (PS3.10 7.1).
+        sop_class = text(ds, "SOPClassUID") or str(ds.file_meta.get("MediaStorageSOPClassUID", ""))
         if sop_class not in CT_CLASSES:
             raise DicomError(f"{class_name(sop_class)}, expected CT Image Storage")
         _check_kind(ds)
