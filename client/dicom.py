@@ -27,7 +27,7 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, UID_dictionary
 
-MOST_INFLATED_BYTES = 1 << 30  # a deflated file is inflated in memory
+MOST_INFLATED_BYTES = 1 << 29  # a deflated file is inflated in memory
 
 
 class DicomError(ValueError):
@@ -79,7 +79,7 @@ def read_dicom(path: Path) -> DicomFile:
         with open(path, "rb") as file:
             deflated = DeflatedExplicitVRLittleEndian.encode() in file.read(1024)
             if deflated:
-                _check_inflated(file)
+                inflated_size(file)
             file.seek(0)
             ds = pydicom.dcmread(file, stop_before_pixels=True)
             offset = -1 if deflated else file.tell()
@@ -94,8 +94,12 @@ def read_dicom(path: Path) -> DicomFile:
         raise DicomError(f"cannot be read as DICOM ({type(error).__name__})") from error
 
 
-def _check_inflated(file: BinaryIO) -> None:
-    """Refuse a deflated file that would fill the memory, before pydicom inflates it."""
+def inflated_size(file: BinaryIO) -> int:
+    """Bytes of a deflated file's dataset (PS3.5 A.5), inflated piece by piece, before pydicom inflates it at once.
+
+    Raises:
+      DicomError: more than MOST_INFLATED_BYTES, or the stream does not end where the file does.
+    """
     file.seek(140)
     length = int.from_bytes(file.read(4), "little")  # of the meta group, after its first element (PS3.10 7.1)
     file.seek(144 + length)
@@ -105,6 +109,9 @@ def _check_inflated(file: BinaryIO) -> None:
         piece = inflate.unconsumed_tail
         if total > MOST_INFLATED_BYTES:
             raise DicomError(f"inflates to more than {MOST_INFLATED_BYTES >> 20} MiB; expected one image")
+    if not inflate.eof or inflate.unused_data not in (b"", b"\0"):
+        raise DicomError("the deflated part does not end where the file ends: cut or damaged")
+    return total
 
 
 def class_name(uid: str) -> str:

@@ -62,6 +62,6 @@ def _count(counts: NDArray[np.int64], range_hu: tuple[float, float]) -> int:
 
 
 def _mode(counts: NDArray[np.int64], low_hu: float, high_hu: float) -> int:
-    """The middle of the fullest bin of a range, smoothed over 25 HU."""
-    smooth = np.convolve(counts, np.ones(5), mode="same")[_bin(low_hu) : _bin(high_hu)]
+    """The middle of the fullest bin of a range, its neighbours within 10 HU counted in."""
+    smooth = np.convolve(counts, [1, 2, 3, 2, 1], mode="same")[_bin(low_hu) : _bin(high_hu)]
     return LOW_HU + BIN_HU * (_bin(low_hu) + int(np.argmax(smooth))) + BIN_HU // 2

@@ -173,8 +173,9 @@ def images_of(file: DicomFile, path: Path, key: bytes, accept_lossy: bool, code:
             raise DicomError(f"{class_name(sop_class)}, expected CT Image Storage")
         _check_kind(ds)
         groups = [ds] if sop_class == CTImageStorage else _frames(ds)
-        stored = _storage(ds, len(groups)) | {"lossy": _check_syntax(ds, accept_lossy), "file": code}
-        _check_pixels(file, stored)
+        lossy = _check_syntax(ds, accept_lossy)
+        stored = _storage(ds, len(groups)) | {"lossy": lossy, "file": code}
+        _check_pixels(file, path, stored)
         return tuple(_slice(file, path, number, group, key, stored) for number, group in enumerate(groups))
     except DicomError:
         raise
@@ -256,7 +257,7 @@ def _storage(ds: pydicom.Dataset, frames: int) -> dict[str, object]:
     }
 
 
-def _check_pixels(file: DicomFile, stored: Mapping[str, Any]) -> None:
+def _check_pixels(file: DicomFile, path: Path, stored: Mapping[str, Any]) -> None:
     """Whether Pixel Data follows the header, and is as long as the header says; a deflated file is looked at when read."""
     if file.pixel_offset < 0:
         return
@@ -275,6 +276,18 @@ def _check_pixels(file: DicomFile, stored: Mapping[str, Any]) -> None:
         raise DicomError(f"Pixel Data of {length} bytes, expected {expected} for {stored['shape']} pixels")
     if file.pixel_offset + start + length > file.size:
         raise DicomError(f"cut: {file.size - file.pixel_offset - start} bytes of pixels, expected {expected}")
+    if not _ends_well(path, file.pixel_offset + start + length, file.size, order):
+        raise DicomError("bytes after Pixel Data that are no element: the file was damaged; export it again")
+
+
+def _ends_well(path: Path, end: int, size: int, order: str) -> bool:
+    """Whether Pixel Data is followed by nothing, or by an element that may follow it (signatures, padding; PS3.3 A.1)."""
+    if end == size:
+        return True
+    with open(path, "rb") as file:
+        file.seek(end)
+        tag = file.read(4)
+    return len(tag) == 4 and int.from_bytes(tag[:2], order) >= 0xFFFA and size - end >= 8
 
 
 def _frames(ds: pydicom.Dataset) -> list[pydicom.Dataset]:

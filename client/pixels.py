@@ -20,7 +20,7 @@ from pydicom.uid import UID, RLELossless
 from scipy import ndimage
 
 from client.codecs import plugin_for
-from client.dicom import DicomError
+from client.dicom import DicomError, inflated_size
 from client.images import CtSlice
 
 AIR_HU = -1024  # what padding outside the reconstructed circle is clamped to
@@ -114,7 +114,11 @@ def _read_frame(image: CtSlice, syntax: UID) -> tuple[bytes, bool]:
     """The frame's bytes as a decoder takes them, and whether they are compressed."""
     size = image.shape[0] * image.shape[1] * image.bits_allocated // 8
     if image.pixel_offset < 0:  # a deflated file has no offsets
-        pixels = pydicom.dcmread(image.path).PixelData
+        element = pydicom.dcmread(image.path).get_item("PixelData")
+        pixels = element.value
+        with open(image.path, "rb") as file:
+            if element.value_tell + len(pixels) != inflated_size(file):
+                raise DicomError("Pixel Data does not end the deflated part: damaged; export the file again")
         if len(pixels) != size * image.frames:
             raise DicomError(f"Pixel Data of {len(pixels)} bytes, expected {size * image.frames}")
         return pixels[size * image.frame : size * (image.frame + 1)], False
@@ -139,7 +143,7 @@ def _encapsulated_frame(file: BinaryIO, start: int, image: CtSlice) -> bytes:
     while True:
         file.seek(place)
         head = file.read(8)
-        if head[:4] == _DELIMITER:
+        if head == _DELIMITER + bytes(4):
             break
         length = struct.unpack("<I", head[4:])[0] if len(head) == 8 else end
         if head[:4] != _ITEM or place + 8 + length > end:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from client.ingest import ingest
 from shared.config import RunConfig, parse_config
@@ -19,6 +20,16 @@ from simulations.hospitals import HOSPITALS
 from simulations.sites import write_hospitals
 
 torch.set_num_threads(1)
+
+# Few examples, the same each time; `pytest tests/client/test_fuzz.py --hypothesis-profile=long` looks further.
+_COMMON = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("short", max_examples=100, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=3000, **_COMMON)
+settings.load_profile("short")
 
 REAL_DICOM = Path(__file__).resolve().parents[2] / "shared" / "data" / "dicom"
 PATIENTS, SLICES = 10, 3
