@@ -23,6 +23,7 @@ from client.dicom import silence_readers
 
 Job = TypeVar("Job")
 PATIENCE_S = 120.0  # of processor time for one image or mask; a damaged stream can keep a decoder busy for ever
+ENDED_ITS_READER = "ended its reader: damaged; export it again"  # what a report says of a job that was WorkerEnded
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 

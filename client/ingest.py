@@ -19,13 +19,23 @@ from dataclasses import asdict, dataclass
 
 from client.crew import Crew
 from client.dicom import Fault, pseudonym
-from client.labels import SPLIT_SHARES, LabelError, splits_of
+from client.labels import SPLIT_SHARES, LabelError, splits_of, table_digest
 from client.records import append_records, read_records, write_records
 from client.scan import READER_VERSION, FoundFile, manifest_of, walk
-from client.store import HEAD, RECORDS, PartialCache, StoredPart, read_journal, remove_leftovers, strangers, swap_in
+from client.store import (
+    HEAD,
+    RECORDS,
+    PartialCache,
+    StoredPart,
+    read_journal,
+    remove_leftovers,
+    strangers,
+    swap_in,
+    whole_cache,
+)
 from client.survey import PART_VERSION, Progress, Survey, fingerprints, read_parts, survey
 from shared.site import Site
-from shared.slices import FORMAT_VERSION, CacheError, read_cache
+from shared.slices import FORMAT_VERSION, read_cache
 
 
 class IngestError(ValueError):
@@ -72,7 +82,7 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
       Counts and faults.
     Raises:
       IngestError: no usable slice, a label table that does not fit, a cache folder that holds something else, another
-        ingest of this site at work, or no room on the disk.
+        ingest of this site at work, a full disk, or a folder that may not be written.
     """
     try:
         with _alone(site):
@@ -88,10 +98,10 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
             return report
     except LabelError as error:
         raise IngestError(f"site {site.name!r}: {error}") from error
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:
         raise IngestError(
-            f"site {site.name!r}: cache and state cannot be written ({error.strerror or type(error).__name__}); the cache "
-            "is as it was: make room or give permission, and start again; it goes on where it was"
+            f"site {site.name!r}: stopped by the system ({error.strerror or type(error).__name__}); the cache is as it was: "
+            "make room on the disk, or give permission to write cache and state, and start again; it goes on where it was"
         ) from error
 
 
@@ -149,12 +159,8 @@ def _fill(site: Site, partial: PartialCache, found: Survey, crew: Crew, progress
 
 def _whole_parts(site: Site) -> list[StoredPart]:
     """Parts of the cache in place, if it is whole."""
-    try:
-        cache = read_cache(site.cache)
-    except CacheError:
-        return []
-    parts = read_journal(site.cache)
-    return parts if sum(len(part.rows) for part in parts) == len(cache.label) else []
+    cache, parts = whole_cache(site.cache), read_journal(site.cache)
+    return parts if cache and sum(len(part.rows) for part in parts) == len(cache.label) else []
 
 
 def _report(found: Survey, parts: list[StoredPart], files: int, read: int, faults: tuple[Fault, ...]) -> IngestReport:
@@ -199,14 +205,10 @@ def _check_cache(site: Site) -> None:
 
 def _manifest(site: Site, files: list[FoundFile]) -> str:
     """Hash of what the cache is made from: files, labels, the site's settings and this reader's versions."""
-    labels = None
-    if site.labels:
-        with open(site.labels, "rb") as file:
-            labels = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         "versions": [FORMAT_VERSION, READER_VERSION, PART_VERSION],
         "files": manifest_of(files),
-        "labels": labels,
+        "labels": table_digest(site),
         "split": SPLIT_SHARES,
         "role": site.role,
         "segments": site.segments,
@@ -225,7 +227,7 @@ def _current_report(site: Site, manifest: str, files: int) -> IngestReport | Non
         read_cache(site.cache)
         counts = {name: head[name] for name in ("slices", "patients", "series", "positives", "unlabelled", "masked")}
         faults = tuple(Fault(**fault) for fault in head["faults"])
-    except (OSError, ValueError, KeyError, TypeError):  # no cache, or a damaged one, which is written anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or damaged: it is written anew
         return None
     return IngestReport(**counts, files=files, read=0, faults=faults, unchanged=True)
 

@@ -6,11 +6,14 @@ The table's UIDs become keyed hashes as it is read; a line's number is what mess
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from client.dicom import Fault, pseudonym
 from client.series import CtSeries
@@ -59,9 +62,7 @@ def read_labels(site: Site) -> list[LabelRow]:
             columns = reader.fieldnames or []
             table = [(reader.line_num, row) for row in reader]
     except OSError as error:
-        raise LabelError(
-            f"{site.labels.name} cannot be opened ({error.strerror}); give permission to read it"
-        ) from error
+        raise _closed(site.labels, error) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise LabelError(
             f"{site.labels.name} is not a CSV table in UTF-8 ({type(error).__name__}); save it as one"
@@ -78,7 +79,7 @@ def read_labels(site: Site) -> list[LabelRow]:
             continue
         if value not in ("", "0", "1"):
             wrong.append(f"line {line}: hypodensity is neither 1, 0 nor blank")
-        elif place == "slice_index" and not (where.isascii() and where.isdecimal()):
+        elif place == "slice_index" and not re.fullmatch("[0-9]{1,6}", where):
             wrong.append(f"line {line}: slice_index is no number from 0 on")
         else:
             instance = pseudonym(key, "image", where) if place == "sop_uid" else ""
@@ -87,6 +88,27 @@ def read_labels(site: Site) -> list[LabelRow]:
     if wrong:
         raise LabelError(f"{site.labels.name} cannot be read:\n  {_some(wrong)}\ncorrect these lines")
     return rows
+
+
+def table_digest(site: Site) -> str:
+    """Hash of the label table's content; "" without one.
+
+    Raises:
+      LabelError: it cannot be opened.
+    """
+    if site.labels is None:
+        return ""
+    try:
+        return hashlib.sha256(site.labels.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _closed(site.labels, error) from error
+
+
+def _closed(table: Path, error: OSError) -> LabelError:
+    """What to say of a table that cannot be opened."""
+    return LabelError(
+        f"{table.name} cannot be opened ({error.strerror}); give permission to read it, or correct data.labels"
+    )
 
 
 def match_labels(
@@ -99,7 +121,7 @@ def match_labels(
       series: those that were taken.
       table: the table's name, for messages.
     Returns:
-      Image name -> "1", "0" or ""; and the lines that belong to no image.
+      Image name -> "1", "0" or ""; and the lines that belong to no image, but for blank ones, which say nothing.
     Raises:
       LabelError: two lines give one slice different labels, or there are images and no line belongs to any.
     """
@@ -115,7 +137,7 @@ def match_labels(
         what = f"{table} line {row.line}"
         one = by_name.get(row.series)
         if one is None:
-            faults.append(Fault(what, "its series is not in data.images, or was left out"))
+            faults += [Fault(what, "its series is not in data.images, or was left out")] if row.value else []
             continue
         if row.instance:
             image = instances[one.name].get(row.instance)
@@ -131,14 +153,15 @@ def match_labels(
                 f"{len(one.slices)} usable ones; give every slice a line, or name images by sop_uid"
             )
         if image is None:
-            faults.append(Fault(what, reason))
+            faults += [Fault(what, reason)] if row.value else []
         elif labels.setdefault(image.image, row.value) != row.value:
             wrong.append(f"lines {lines[image.image]} and {row.line}: different labels for one slice")
         lines.setdefault(image.image if image else "", row.line)
     if wrong:
         raise LabelError(f"{table} contradicts itself:\n  {_some(wrong)}\ncorrect these lines")
     if rows and series and not labels:
-        raise LabelError(f"{table}: none of {len(rows)} lines belongs to an image in data.images ({faults[0].reason})")
+        first = faults[0].reason if faults else "and all are blank"
+        raise LabelError(f"{table}: none of {len(rows)} lines belongs to an image in data.images ({first})")
     return labels, faults
 
 

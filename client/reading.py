@@ -27,7 +27,7 @@ from client.series import CtSeries
 from shared.slices import PIXEL_MM, SIDE_PX
 
 MOST_FOR_CENTRE = 32  # slices that the head's place is measured on, held at full size
-OFF_HEAD_HU = -300.0  # a mask's pixel below it lies in air, not in the head
+OFF_HEAD_HU = -300.0  # a pixel below it lies in air, not in the head
 OFF_HEAD_SHARE = 0.1  # of a mask's pixels in a series
 
 
@@ -56,7 +56,7 @@ class PartRow:
       z_mm: position along the normal.
       has_mask: whether somebody looked for the hematoma in it.
       flags: what is unusual: the series' flags, and "head-cut".
-      content: hash of a coarse copy of the slice's HU, equal for equal pictures; "" for a slice of one value.
+      content: hash of a coarse copy of the slice's HU, equal for equal pictures; "" for a slice of air alone.
     """
 
     image: str
@@ -166,9 +166,9 @@ def _read_part(job: SeriesJob) -> Part:
 
 
 def _content(slice_YX: NDArray[np.int16]) -> str:
-    """Hash of a coarse copy of a slice; "" for a slice of one value, which is nobody's."""
+    """Hash of a coarse copy of a slice; "" for a slice of air alone, which is nobody's."""
     coarse = np.ascontiguousarray(slice_YX[::4, ::4])
-    return hashlib.blake2b(coarse, digest_size=8).hexdigest() if coarse.min() < coarse.max() else ""
+    return hashlib.blake2b(coarse, digest_size=8).hexdigest() if coarse.max() > OFF_HEAD_HU else ""
 
 
 def _held(series: CtSeries, faults: list[Fault]) -> dict[str, NDArray[np.float32] | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.crew import Crew
+from client.crew import ENDED_ITS_READER, Crew
 from client.dicom import DicomError, Fault, pseudonym, read_dicom
 from client.images import CtSlice, images_of
 from client.masks import MaskFile, dicom_mask, is_mask, is_picture, picture_mask
@@ -188,7 +188,7 @@ def _one_by_one(crew: Crew, chunk: list[FoundFile], key: bytes, accept_lossy: bo
     """Records of files one of which ended its reader."""
     jobs = [([f], key, accept_lossy) for f in chunk]
     results = [result for _, result in crew.run(_scan_chunk, jobs)]
-    return [r[0] if isinstance(r, list) else Record(fault=f"ended its reader ({r}): damaged") for r in results]
+    return [r[0] if isinstance(r, list) else Record(fault=ENDED_ITS_READER) for r in results]
 
 
 def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:

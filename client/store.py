@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from client.dicom import Fault
 from client.reading import Part, PartRow
-from shared.slices import COLUMNS, SIDE_PX, CacheError, read_cache
+from shared.slices import COLUMNS, SIDE_PX, CacheError, SliceCache, read_cache
 
 JOURNAL, RECORDS, HEAD = "parts.jsonl", "files.jsonl", "cache.json"
 ARRAYS = {"slices.npy": np.dtype(np.int16), "masks.npy": np.dtype(np.uint8)}
@@ -188,6 +188,14 @@ def index_rows(
     ]
 
 
+def whole_cache(folder: Path) -> SliceCache | None:
+    """The cache in a folder; None if it is missing, or damaged in any way."""
+    try:
+        return read_cache(folder)
+    except (CacheError, KeyError, TypeError):  # the latter of a file that is whole as JSON or CSV, and lacks something
+        return None
+
+
 def swap_in(cache: Path) -> bool:
     """Put a finished `<cache>.partial` in the cache's place; False if there is none.
 
@@ -196,9 +204,7 @@ def swap_in(cache: Path) -> bool:
     partial, old = cache.with_name(cache.name + ".partial"), cache.with_name(cache.name + ".old")
     if not (partial / HEAD).is_file():
         return False
-    try:
-        read_cache(partial)
-    except CacheError:  # cut by a power failure
+    if not whole_cache(partial):  # cut by a power failure
         (partial / HEAD).unlink()
         return False
     remove(old)

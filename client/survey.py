@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from client.crew import Crew, WorkerEnded
+from client.crew import ENDED_ITS_READER, Crew, WorkerEnded
 from client.dicom import Fault
 from client.labels import annotated_series, match_labels, read_labels
 from client.masks import match_masks
@@ -102,8 +102,7 @@ def _without_killers(job: SeriesJob, crew: Crew) -> Part:
     killers = {
         image.image for image, result in crew.run(can_read, job.series.slices) if isinstance(result, WorkerEnded)
     }
-    reason = "ended its reader: damaged; export it again"
-    faults = [Fault(image_name(s), reason) for s in job.series.slices if s.image in killers]
+    faults = [Fault(image_name(s), ENDED_ITS_READER) for s in job.series.slices if s.image in killers]
     rest = replace(job.series, slices=tuple(s for s in job.series.slices if s.image not in killers))
     if rest.slices and killers:
         part = _alone(replace(job, series=rest), crew)
@@ -112,9 +111,11 @@ def _without_killers(job: SeriesJob, crew: Crew) -> Part:
     if rest.slices and job.masks:
         part = _alone(replace(job, series=rest, masks=()), crew)
         if part:
-            faults += [Fault(f"file {m.file}", reason) for m in job.masks]
+            faults += [Fault(f"file {m.file}", ENDED_ITS_READER) for m in job.masks]
             return replace(part, faults=(*faults, *part.faults))
-    what = Fault(f"series {job.series.name}", f"{reason}; its {len(job.series.slices)} images and masks are left out")
+    what = Fault(
+        f"series {job.series.name}", f"{ENDED_ITS_READER}; its {len(job.series.slices)} images and masks are left out"
+    )
     return Part.empty(job.series.name, job.series.slices[0].patient, (*faults, what))
 
 

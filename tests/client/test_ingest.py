@@ -1,218 +1,97 @@
 from __future__ import annotations
 
-import csv
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-import yaml
+from PIL import Image
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 from scipy import ndimage
 
-from client.dicom import AIR_HU, find_files, read_header
-from client.ingest import SPLIT_SHARES, IngestError, IngestReport, assign_splits, ingest, pseudonym
-from client.masks import find_masks
-from client.resample import resample
-from shared.site import Site, read_site
-from shared.slices import SIDE_PX, SliceCache, read_cache
-from tests.client.test_dicom import write_ct
+from client import scan as scan_module
+from client.ingest import IngestError, ingest
+from client.store import FILES, read_journal
+from shared.site import read_site
+from shared.slices import CacheError, read_cache
 from tests.conftest import SmallHospitals, edit_site
-
-DISC_MM = 100.0
-SERIES = "1.2.826.1"
-
-
-def disc(
-    spacing: tuple[float, float] = (0.5, 0.5),
-    shape: tuple[int, int] = (400, 400),
-    centre_mm: tuple[float, float] | None = None,
-    padding_hu: int = -1000,
-) -> np.ndarray:
-    """A disc of 100 mm and 40 HU; towards row 0 a small bright spot, towards column 0 a darker one (50, 60 mm apart).
-
-    Args:
-      centre_mm: row and column from the corner of the grid.
-    """
-    y, x = ((np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing, strict=True))
-    cy, cx = centre_mm or (shape[0] * spacing[0] / 2, shape[1] * spacing[1] / 2)
-    distance_mm = np.hypot(y[:, None] - cy, x[None, :] - cx)
-    hu_YX = np.where(distance_mm < DISC_MM / 2, 40, padding_hu)
-    hu_YX[np.hypot(y[:, None] - cy + 30, x[None, :] - cx) < 6] = 500
-    hu_YX[np.hypot(y[:, None] - cy, x[None, :] - cx + 30) < 6] = 200
-    return hu_YX
-
-
-def make_site(root: Path, images: dict[str, dict] | None = None, labels: str | None = None, **site: object) -> Path:
-    """A hospital; images: file name -> settings of write_ct, by default three slices of one series."""
-    images = three() if images is None else images
-    (root / "dicom").mkdir(parents=True, exist_ok=True)
-    for name, settings in images.items():
-        write_ct(root / "dicom" / name, **({"hu_YX": disc((2.0, 2.0), (100, 100)), "spacing": (2.0, 2.0)} | settings))
-    data = {"images": "dicom"}
-    if labels is not None:
-        (root / "labels.csv").write_text(labels)
-        data["labels"] = "labels.csv"
-    (root / "site.yaml").write_text(yaml.safe_dump({"site": "test-site", "data": data, **site}))
-    return root / "site.yaml"
-
-
-def three(**settings: object) -> dict[str, dict]:
-    """Slices 1.2.1 to 1.2.3 from the feet up; the files' names run the other way."""
-    return {f"{9 - n}": {"position": (0, 0, 5.0 * n), "sop": f"1.2.{n}", **settings} for n in (1, 2, 3)}
-
-
-def ingested(file: Path) -> tuple[SliceCache, IngestReport]:
-    report = ingest(read_site(file), workers=1)
-    return read_cache(read_site(file).cache), report
-
-
-def attempt(file: Path) -> tuple[SliceCache | None, str]:
-    """The cache, or None and the error's text."""
-    try:
-        return ingested(file)[0], ""
-    except IngestError as error:
-        return None, str(error)
-
-
-def index(site: Site) -> list[dict[str, str]]:
-    return list(csv.DictReader((site.cache / "index.csv").read_text().splitlines()))
-
-
-def middle(mask_YX: np.ndarray) -> tuple[float, float]:
-    return tuple(float(v) + 0.5 for v in ndimage.center_of_mass(mask_YX))
-
-
-# Geometry
-
-
-@pytest.mark.parametrize(
-    ("spacing", "shape"),
-    [((0.5, 0.5), (400, 400)), ((0.9, 0.9), (220, 240)), ((0.5, 1.0), (400, 220)), ((1.2, 0.6), (150, 300))],
+from tests.dicom_files import ct_dataset
+from tests.small_sites import (
+    CLIENT,
+    ROOT,
+    SERIES,
+    SIDE,
+    SPACING_MM,
+    contents,
+    edit_data,
+    file_code,
+    in_process,
+    index,
+    ingested,
+    make_site,
+    patients,
+    three,
+    tiny_head,
+    write_images,
+    write_multi_frame,
 )
-def test_a_disc_keeps_its_size_and_comes_to_the_middle(tmp_path: Path, spacing: tuple, shape: tuple) -> None:
-    off_centre = (shape[0] * spacing[0] / 2 + 15, shape[1] * spacing[1] / 2 - 20)
-    image = {"hu_YX": disc(spacing, shape, off_centre), "spacing": spacing}
-    cache, report = ingested(make_site(tmp_path, {"a": image}))
-    assert (report.slices, report.faults) == (1, ())
-    inside_YX = cache.hu[0] > -480  # half between air and tissue
-    rows, columns = (np.nonzero(inside_YX.any(axis=a))[0] for a in (1, 0))
-    assert rows[-1] - rows[0] + 1 == pytest.approx(DISC_MM, abs=1)
-    assert columns[-1] - columns[0] + 1 == pytest.approx(DISC_MM, abs=1)
-    assert inside_YX.sum() == pytest.approx(np.pi * (DISC_MM / 2) ** 2, rel=0.01)
-    # The head is found on a 4 mm grid.
-    assert middle(inside_YX) == pytest.approx((SIDE_PX / 2, SIDE_PX / 2), abs=4)
+
+HEADER = "series_uid,sop_uid,hypodensity\n"
 
 
-def test_values_inside_are_kept_and_padding_becomes_air(tmp_path: Path) -> None:
-    image = {"hu_YX": disc((1.0, 1.0), (200, 200), padding_hu=-3024), "spacing": (1.0, 1.0)}
-    cache, _ = ingested(make_site(tmp_path, {"a": image}))
-    assert cache.hu.dtype == np.int16
-    assert cache.hu.min() == AIR_HU
-    assert cache.hu[0, 0, 0] == AIR_HU  # outside of the image altogether
-    assert np.median(cache.hu[0][cache.hu[0] > -300]) == 40
+def draw(folder: Path, sop: str, value: int = 1) -> None:
+    """A mask file with two segments: a square of `value`, a smaller one of the next number."""
+    folder.mkdir(exist_ok=True)
+    mask_YX = np.zeros((SIDE, SIDE), np.uint8)
+    mask_YX[18:24, 18:24], mask_YX[28:30, 28:30] = value, value + 1
+    Image.fromarray(mask_YX).save(folder / f"{sop}.png")
 
 
-DIRECTIONS = [
-    pytest.param((1, 0, 0), (0, 1, 0), id="supine"),
-    pytest.param((-1, 0, 0), (0, -1, 0), id="prone"),
-    pytest.param((-1, 0, 0), (0, 1, 0), id="columns-flipped"),
-    pytest.param((1, 0, 0), (0, -1, 0), id="rows-flipped"),
-    pytest.param((0, 1, 0), (-1, 0, 0), id="quarter-turn"),
-    pytest.param((0, -1, 0), (-1, 0, 0), id="quarter-turn-flipped"),
-]
+def counted(file: Path, workers: int = 1) -> tuple[int, int, dict[str, bytes]]:
+    """An ingest: headers and series that it read, and the cache's bytes."""
+    headers: list[int] = [0]
+    site = read_site(file)
+    report = ingest(site, workers, lambda what, done, total: headers.append(total) if what == "headers" else None)
+    return headers[-1], report.read, contents(site.cache)
 
 
-@pytest.mark.parametrize(("row", "column"), DIRECTIONS)
-def test_every_direction_of_rows_and_columns_comes_to_the_same_picture(
-    tmp_path: Path, row: tuple, column: tuple
-) -> None:
-    """Rows run to the back and columns to the patient's left, or the image is left out with a reason."""
-    standard_YX = disc((1.0, 1.0), (200, 200))  # bright spot in front, darker spot on the patient's right
-    turned_YX = standard_YX
-    if row[0] == 0:  # a row of pixels runs along y: transposed
-        turned_YX = turned_YX.T
-        turned_YX = turned_YX[:: column[0], :: row[1]]
-    else:
-        turned_YX = turned_YX[:: column[1], :: row[0]]
-    image = {"hu_YX": turned_YX, "spacing": (1.0, 1.0), "row": row, "column": column}
-    cache, text = attempt(make_site(tmp_path, {"a": image}))
-    if cache is None:
-        assert row[0] == 0, "only a quarter turn may be refused"
-        assert "1x" in text
-        return
-    bright = middle(cache.hu[0] > 350)
-    dark = middle((cache.hu[0] > 150) & (cache.hu[0] < 250) & (np.indices((SIDE_PX, SIDE_PX))[1] < 100))
-    assert bright == pytest.approx((SIDE_PX / 2 - 30, SIDE_PX / 2), abs=4)
-    assert dark == pytest.approx((SIDE_PX / 2, SIDE_PX / 2 - 30), abs=4)
-
-
-def test_one_centre_for_a_whole_series(tmp_path: Path) -> None:
-    images = {
-        str(n): {
-            "hu_YX": disc((1.0, 1.0), (200, 200), (100 + shift, 100)),
-            "spacing": (1.0, 1.0),
-            "position": (0, 0, 5.0 * n),
-            "sop": f"1.2.{n + 1}",
-        }
-        for n, shift in enumerate((0, 0, 16))
-    }
-    cache, _ = ingested(make_site(tmp_path, images))
-    rows = [middle(hu > -480)[0] for hu in cache.hu]
-    assert rows[1] - rows[0] == pytest.approx(0, abs=0.1)
-    assert rows[2] - rows[0] == pytest.approx(16, abs=0.2)  # a head that moves still moves
-
-
-def test_the_largest_region_is_the_head_not_the_table(tmp_path: Path) -> None:
-    hu_YX = disc((1.0, 1.0), (300, 300), (130, 150))
-    hu_YX[285:292] = 100  # the table, as wide as the image
-    cache, _ = ingested(make_site(tmp_path, {"a": {"hu_YX": hu_YX, "spacing": (1.0, 1.0)}}))
-    regions, _ = ndimage.label(cache.hu[0] > -480)
-    head = regions == regions[SIDE_PX // 2, SIDE_PX // 2]
-    assert middle(head) == pytest.approx((SIDE_PX / 2, SIDE_PX / 2), abs=4)
-
-
-def test_a_slice_of_air_alone_is_kept(tmp_path: Path) -> None:
-    cache, report = ingested(make_site(tmp_path, {"a": {"hu_YX": np.full((100, 100), -1000), "spacing": (2.0, 2.0)}}))
-    assert report.slices == 1
-    assert cache.hu.max() < -990
-
-
-def test_a_cut_head_is_flagged(tmp_path: Path) -> None:
-    images = {
-        "cut": {"hu_YX": np.full((260, 260), 40), "spacing": (1.0, 1.0), "sop": "1.2.1"},
-        "whole": {"sop": "1.2.2", "series": "1.2.5"},
-    }
-    site = read_site(make_site(tmp_path, images))
+def fresh(file: Path) -> dict[str, bytes]:
+    """The bytes of the cache that an ingest from nothing makes of the folder as it is; the state is kept."""
+    site = read_site(file)
+    shutil.rmtree(site.cache, ignore_errors=True)
     ingest(site, workers=1)
-    assert sorted(row["flags"] for row in index(site)) == ["", "head-cut"]
+    return contents(site.cache)
 
 
-def test_mask_and_image_move_together(tmp_path: Path) -> None:
-    hu_YX = disc((0.5, 1.0), (420, 230), (90, 130))
-    write_ct(tmp_path / "a", hu_YX, spacing=(0.5, 1.0), row=(-1, 0, 0), column=(0, -1, 0))
-    header = read_header(tmp_path / "a")
-    moved_YX = resample(hu_YX, header, (100.0, 120.0), fill=AIR_HU)
-    mask_YX = resample((hu_YX > 350).astype(np.uint8), header, (100.0, 120.0), fill=0) > 0.5
-    assert 90 < mask_YX.sum() < 130  # pi 6^2 = 113 mm2
-    assert middle(mask_YX) == pytest.approx(middle(moved_YX > 270), abs=0.3)
+def refusal(file: Path) -> str:
+    with pytest.raises(IngestError) as caught:
+        ingest(read_site(file), workers=1)
+    return str(caught.value)
+
+
+# What is there and what is not
 
 
 def test_masks_of_real_series_lie_on_the_clot(hospitals: SmallHospitals) -> None:
     cache = hospitals.cache("hospital-02")  # another field of view than 224 mm
     rows = np.nonzero(cache.masks.any(axis=(1, 2)))[0]
     assert len(rows) > 10
-    step = 245 / 512
-    areas = {}
-    for mask in find_masks(hospitals.site("hospital-02").masks)[0].values():
-        seg = pydicom.dcmread(mask.path)
-        frames = seg.pixel_array.reshape(-1, 512, 512)
-        areas[mask.series_uid] = frames.sum() * step**2
-    assert cache.masks.sum() == pytest.approx(sum(areas.values()), rel=0.01)  # mm2 at 1 mm per pixel
+    area_mm2 = 0.0
+    for path in hospitals.site("hospital-02").masks.iterdir():
+        area_mm2 += pydicom.dcmread(path).pixel_array.sum() * (245 / 512) ** 2
+    assert cache.masks.sum() == pytest.approx(area_mm2, rel=0.01)  # 1 mm per pixel
     for row in rows:
         mask_YX = cache.masks[row].astype(bool)
         if mask_YX.sum() > 300:
@@ -221,195 +100,54 @@ def test_masks_of_real_series_lie_on_the_clot(hospitals: SmallHospitals) -> None
             assert cache.hu[row][mask_YX].mean() > cache.hu[row][soft_YX].mean() + 5
 
 
-# Labels
-
-HEADER = "series_uid,sop_uid,hypodensity\n"
-
-
-def test_labels_by_image(tmp_path: Path) -> None:
-    table = HEADER + f"{SERIES},1.2.3,1\n{SERIES},1.2.1,0\n"
-    cache, report = ingested(make_site(tmp_path, labels=table))
-    np.testing.assert_array_equal(cache.label, [0, np.nan, 1])
-    assert (report.positives, report.unlabelled) == (1, 1)
-
-
-@pytest.mark.parametrize("column", [(0, 1, 0), (0, -1, 0)], ids=["supine", "rows-flipped"])
-def test_slice_index_counts_from_the_feet_up(tmp_path: Path, column: tuple) -> None:
-    table = f"series_uid,slice_index,hypodensity\n{SERIES},0,1\n{SERIES},2,0\n"
-    file = make_site(tmp_path, three(column=column), labels=table)
-    ingest(read_site(file), workers=1)
-    rows = sorted(index(read_site(file)), key=lambda row: abs(float(row["z_mm"])))  # 5, 10 and 15 mm above the feet
-    assert [row["label"] for row in rows] == ["1", "", "0"]
-    assert [float(row["z_mm"]) for row in rows] == [5, 10, 15]
-
-
-@pytest.mark.parametrize("blank", ["", "  "])
-def test_a_blank_label_is_unknown(tmp_path: Path, blank: str) -> None:
-    cache, report = ingested(make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,{blank}\n"))
-    assert np.isnan(cache.label).all()
-    assert report.unlabelled == 3
-
-
-def test_a_table_from_a_spreadsheet(tmp_path: Path) -> None:
-    """A byte order mark, Windows line ends, spaces, another order of columns and one more."""
-    table = "﻿note,hypodensity,series_uid,sop_uid\r\nx, 1 ," + f" {SERIES} , 1.2.2 \r\n"
-    cache, _ = ingested(make_site(tmp_path, labels=table))
-    np.testing.assert_array_equal(cache.label, [np.nan, 1, np.nan])
-
-
-def test_the_same_label_twice_is_no_fault(tmp_path: Path) -> None:
-    cache, _ = ingested(make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,1\n" * 2))
-    assert cache.label[0] == 1
-
-
-def test_all_faults_of_a_table_in_one_error(tmp_path: Path) -> None:
-    lines = ["9.9,1.2.1,1", f"{SERIES},1.2.77,0", f"{SERIES},1.2.1,yes", f"{SERIES},1.2.2,1", f"{SERIES},1.2.2,0"]
-    with pytest.raises(IngestError) as caught:
-        ingest(read_site(make_site(tmp_path, labels=HEADER + "\n".join(lines))), workers=1)
-    text = str(caught.value)
-    assert "line 2: series 9.9 is not among the 1 series" in text
-    assert "line 3: sop_uid 1.2.77 is not among the 3 slices" in text
-    assert "line 4: hypodensity 'yes', expected 1, 0 or blank" in text
-    assert "line 6: another label than an earlier line" in text
-    assert "line 5" not in text
-    assert not (tmp_path / "cache").exists()
-
-
-def test_line_numbers_are_the_files_own(tmp_path: Path) -> None:
-    with pytest.raises(IngestError, match="line 4:"):
-        ingest(read_site(make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,1\n\n{SERIES},1.2.2,x\n")), workers=1)
-
-
-@pytest.mark.parametrize("line", [f"{SERIES}", f"{SERIES},1.2.1", "", "x"])
-def test_a_short_line_is_a_fault_or_blank_never_a_crash(tmp_path: Path, line: str) -> None:
-    file = make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.3,1\n{line}\n")
-    cache, text = attempt(file)
-    if cache is None:
-        assert "line 3" in text
-    else:
-        np.testing.assert_array_equal(cache.label, [np.nan, np.nan, 1])
-
-
-@pytest.mark.parametrize("place", ["3", "-1", "1.0", "²", "", "first"])
-def test_a_slice_index_that_is_none_is_a_fault(tmp_path: Path, place: str) -> None:
-    table = f"series_uid,slice_index,hypodensity\n{SERIES},{place},1\n"
-    with pytest.raises(IngestError, match="line 2: slice_index"):
-        ingest(read_site(make_site(tmp_path, labels=table)), workers=1)
-
-
-@pytest.mark.parametrize("header", ["sop_uid,hypodensity", "series_uid,hypodensity", "series_uid,sop_uid", "a;b", ""])
-def test_a_missing_column_is_refused(tmp_path: Path, header: str) -> None:
-    with pytest.raises(IngestError, match="expected series_uid, sop_uid or slice_index, and hypodensity"):
-        ingest(read_site(make_site(tmp_path, labels=header + "\n")), workers=1)
-
-
-def test_many_faults_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(IngestError, match="and 15 more"):
-        ingest(read_site(make_site(tmp_path, labels=HEADER + "9.9,1.2.1,1\n" * 25)), workers=1)
-
-
-def test_a_hospital_without_a_table(tmp_path: Path) -> None:
-    cache, report = ingested(make_site(tmp_path))
-    assert np.isnan(cache.label).all()
-    assert (report.slices, report.unlabelled, report.masked) == (3, 3, 0)
-
-
-# What is there and what is not
+def test_a_report_counts_what_is_in_the_cache(tmp_path: Path) -> None:
+    table = HEADER + "1.2.826.1.1,1.2.826.1.1.1,1\n1.2.826.1.2,1.2.826.1.2.2,0\n"
+    file = make_site(tmp_path, patients(1, 2, 3), labels=table, data={"masks": "masks", "segment": 1})
+    draw(tmp_path / "masks", "1.2.826.1.1.1")
+    cache, report = ingested(file)
+    assert (report.slices, report.patients, report.series) == (6, 3, 3)
+    assert (report.positives, report.unlabelled, report.masked) == (1, 4, 1)
+    assert (report.files, report.read, report.faults, report.unchanged) == (7, 3, (), False)
+    assert cache.counts() == {"patients": 3, "slices": 6, "positives": 1}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == FILES - {n for n in FILES if "partial" in n}
 
 
 def test_a_hospital_without_ct_says_what_is_there(tmp_path: Path) -> None:
     file = make_site(tmp_path, {"a": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}})
     (tmp_path / "dicom" / "letter").write_text("Dear")
-    with pytest.raises(IngestError, match="no CT series") as caught:
-        ingest(read_site(file), workers=1)
-    assert "2 files left out" in str(caught.value)
-    assert "1x a localizer" in str(caught.value)
-    assert "data.images" in str(caught.value)
+    text = refusal(file)
+    assert "no usable CT series" in text
+    assert "2 files" in text
+    assert "1x a localizer" in text
+    assert not (tmp_path / "cache").exists()
 
 
-def test_without_masks_no_slice_has_one(tmp_path: Path) -> None:
-    cache, report = ingested(make_site(tmp_path))
-    assert not cache.has_mask.any()
-    assert not cache.masks.any()
-    assert report.masked == 0
-
-
-def test_a_seg_gives_every_image_it_lists_a_mask(hospitals: SmallHospitals) -> None:
-    cache = hospitals.cache("hospital-01")
-    assert cache.has_mask.all()  # those without a frame too
-    masks, _ = find_masks(hospitals.site("hospital-01").masks)
-    frames = sum(pydicom.dcmread(m.path, stop_before_pixels=True).NumberOfFrames for m in masks.values())
-    assert abs(int(cache.masks.any(axis=(1, 2)).sum()) - frames) <= 2  # one of a few pixels may vanish
-
-
-def test_a_mask_that_cannot_be_used_is_counted_and_its_slices_stay(copied_hospitals: SmallHospitals) -> None:
-    site = copied_hospitals.site("hospital-01")
-    first, second, *_ = sorted(site.masks.iterdir())
-    seg = pydicom.dcmread(first)
-    seg.ReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3"
-    seg.save_as(first)
-    seg = pydicom.dcmread(second)
-    seg.FrameOfReferenceUID = "1.2.3"
-    seg.save_as(second)
-    report = ingest(site, workers=2)
-    assert (report.slices, report.masked) == (30, 24)
-    reasons = {fault.what: fault.reason for fault in report.faults}
-    assert "refers to series 1.2.3, which is not in data.images" in reasons[first.name]
-    assert "frame of reference" in reasons[second.name]
-
-
-def spoil(path: Path) -> None:
-    """Break the pixels and leave the header."""
-    ds = pydicom.dcmread(path)
-    ds.PixelData = ds.PixelData[:100]
-    ds.save_as(path)
-
-
-def test_a_bad_slice_in_the_middle_is_left_out_and_counted(tmp_path: Path) -> None:
-    file = make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,0\n{SERIES},1.2.2,1\n{SERIES},1.2.3,1\n")
-    whole, _ = ingested(file)
-    spoil(tmp_path / "dicom" / "7")
+def test_a_multi_frame_file_among_single_images(tmp_path: Path) -> None:
+    file = make_site(tmp_path, patients(1))
+    write_multi_frame(tmp_path / "dicom" / "frames", 4, StudyInstanceUID="1.2.77", patient="other")
     cache, report = ingested(file)
-    assert (report.slices, report.positives) == (2, 1)
-    (fault,) = report.faults
-    assert fault.what == "7"
-    assert "cannot be decoded" in fault.reason
-    np.testing.assert_array_equal(cache.label, [0, 1])
-    np.testing.assert_array_equal(cache.hu, whole.hu[[0, 2]])
-    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["faults"] == 1
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        "cache.json",
-        "index.csv",
-        "masks.npy",
-        "slices.npy",
-    ]
+    assert (report.slices, report.series, report.patients, report.faults) == (6, 2, 2, ())
+    rows = [i for i, row in enumerate(index(read_site(file))) if row["patient"] != cache.patient[-1]]
+    frames = max((rows, [i for i in range(6) if i not in rows]), key=len)
+    assert cache.hu[frames][:, 112, 112].tolist() == [30, 31, 32, 33]
+    assert [float(index(read_site(file))[i]["z_mm"]) for i in frames] == [5, 10, 15, 20]
 
 
-def test_a_hospital_of_bad_slices_alone_is_an_error(tmp_path: Path) -> None:
-    file = make_site(tmp_path)
-    for path in find_files(tmp_path / "dicom"):
-        spoil(path)
-    with pytest.raises(IngestError, match="no slice of 1 series could be read; 3x pixels cannot be decoded"):
-        ingest(read_site(file), workers=1)
-
-
-def test_a_lossy_image_is_refused_or_flagged(real_dicom: Path, tmp_path: Path) -> None:
-    folder = real_dicom / "cornerstonejs+cornerstone3D/packages/dicomImageLoader/testImages"
-    (path,) = folder.glob("*_1.2.840.10008.1.2.4.50.dcm")
-    file = make_site(tmp_path, {})
-    shutil.copy(path, tmp_path / "dicom" / "a")
-    cache, text = attempt(file)
-    assert "lossy" in (text if cache is None else index(read_site(file))[0]["flags"])
-
-
-# Patients
-
-
-def test_the_pseudonym_depends_on_key_and_kind() -> None:
-    one, other = b"1" * 32, b"2" * 32
-    assert pseudonym(one, "patient", "4711") == pseudonym(one, "patient", "4711")
-    assert len({pseudonym(key, kind, "4711") for key in (one, other) for kind in ("patient", "series")}) == 4
-    assert len(pseudonym(one, "patient", "4711")) == 16
+def test_two_series_of_one_patient_share_hash_and_split(tmp_path: Path) -> None:
+    images = {
+        str(n): {
+            "series": f"1.2.{n}",
+            "sop": f"1.2.9.{n}",
+            "StudyInstanceUID": f"1.2.8.{n}",
+            "patient": "same" if n < 4 else "other",
+        }
+        for n in range(1, 5)
+    }
+    cache, report = ingested(make_site(tmp_path, images))
+    assert (report.patients, report.series) == (2, 4)
+    names, counts = np.unique(cache.patient, return_counts=True)
+    assert sorted(counts) == [1, 3]
+    assert len(set(cache.split[cache.patient == names[np.argmax(counts)]])) == 1
 
 
 def test_another_key_gives_other_hashes(tmp_path: Path) -> None:
@@ -424,204 +162,662 @@ def test_another_key_gives_other_hashes(tmp_path: Path) -> None:
         assert {row[column] for row in before}.isdisjoint({row[column] for row in after})
 
 
-def test_no_identifier_is_in_any_byte_of_the_cache(hospitals: SmallHospitals) -> None:
-    for name in hospitals.files:
-        site = hospitals.site(name)
-        identifiers = set()
-        for path in find_files(site.images):
-            ds = pydicom.dcmread(path, stop_before_pixels=True)
-            identifiers |= {str(ds.PatientID), str(ds.PatientName), str(ds.PatientName.family_name), path.parent.name}
-            identifiers |= {str(element.value) for element in ds if element.VR == "UI" and element.tag.group != 8}
-            identifiers |= {str(ds.SOPInstanceUID), str(ds.StudyInstanceUID), str(ds.SeriesInstanceUID)}
-        assert len(identifiers) > 50
-        files = list(find_files(site.cache))
-        assert len(files) == 4
-        for path in files:
-            content = path.read_bytes() if path.suffix != ".npy" else path.read_bytes()[:4096]
-            assert [text for text in identifiers if text.encode() in content] == []
-
-
 def test_one_split_per_patient_and_all_three_occur(hospitals: SmallHospitals) -> None:
+    found = set()
     for name in ("hospital-01", "hospital-02"):
         cache = hospitals.cache(name)
         splits = {patient: set(cache.split[cache.patient == patient]) for patient in np.unique(cache.patient)}
         assert len(splits) == 10
-        assert all(len(found) == 1 for found in splits.values())
-    assert {split for name in ("hospital-01", "hospital-02") for split in hospitals.cache(name).split} == {
-        "train",
-        "val",
-        "test",
+        assert all(len(one) == 1 for one in splits.values())
+        found |= set(cache.split)
+    assert found == {"train", "val", "test"}
+
+
+def test_splits_outlive_the_cache_and_new_patients(tmp_path: Path) -> None:
+    file = make_site(tmp_path, patients(*range(1, 9), slices=1))
+    before, _ = ingested(file)
+    kept = json.loads((tmp_path / "state" / "splits.json").read_text())
+    assert dict(zip(before.patient.tolist(), before.split.tolist(), strict=True)) == kept
+    shutil.rmtree(tmp_path / "cache")
+    write_images(tmp_path / "dicom", patients(*range(9, 14), slices=1))
+    after, _ = ingested(file)
+    later = dict(zip(after.patient.tolist(), after.split.tolist(), strict=True))
+    assert len(later) == 13
+    assert {patient: later[patient] for patient in kept} == kept
+
+
+# Bad files
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """One file of each kind among good ones: name -> what its line in the report says."""
+    good = (folder / "8").read_bytes()
+    made: dict[str, tuple[bytes, str]] = {
+        "empty": (b"", "an empty file"),
+        "letter": (b"Dear colleague,", "not a DICOM file (no 'DICM' prefix)"),
+        "no preamble": (good[132:], "not a DICOM file (no 'DICM' prefix)"),
+        "cut in the header": (
+            good[: good.index(b"\x20\x00\x37\x00") + 20],
+            "SamplesPerPixel",
+        ),
+        "cut before the pixels": (
+            good[: good.index(b"\xe0\x7f\x10\x00")],
+            "no Pixel Data after the header: cut, or damaged",
+        ),
+        "cut in the pixels": (good[:-100], f"cut: {2 * SIDE * SIDE - 100} bytes of pixels, expected {2 * SIDE * SIDE}"),
+        "only a preamble": (good[:132], "no SOP class, expected CT Image Storage"),
     }
+    reasons = {}
+    for name, (content, reason) in made.items():
+        (folder / name).write_bytes(content)
+        reasons[name] = reason
+
+    def write(name: str, reason: str, syntax: str = "", **changes: object) -> None:
+        ds = ct_dataset(tiny_head(), spacing=(SPACING_MM, SPACING_MM), sop=f"1.2.55.{len(reasons)}", **changes)
+        ds.save_as(folder / name, enforce_file_format=True)
+        if syntax:
+            old = b"1.2.840.10008.1.2.1\0"
+            new = syntax.encode().ljust(len(old), b"\0")
+            (folder / name).write_bytes((folder / name).read_bytes().replace(old, new, 1))
+        reasons[name] = reason
+
+    write("implicit by its header", "Pixel Data", ImplicitVRLittleEndian)
+    write(
+        "compressed by its header",
+        "the header names RLE Lossless, Pixel Data is written otherwise",
+        RLELossless,
+    )
+    write("65535 by 65535", "65535 x 65535 pixels, expected 16 to 2048", Rows=65535, Columns=65535)
+    write("without SOPInstanceUID", "without SOPInstanceUID; expected in every CT image", SOPInstanceUID=None)
+    write("without SeriesInstanceUID", "without SeriesInstanceUID; expected", SeriesInstanceUID=None)
+    write("without PatientID", "without PatientID; expected", PatientID=None)
+    write("magnetic", "MR Image Storage, expected CT Image Storage", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
+    raw = good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0", 1)  # big endian
+    (folder / "big endian by its header").write_bytes(raw)
+    reasons["big endian by its header"] = "expected"
+    (folder / "link").symlink_to("8")
+    (folder / "folder link").symlink_to(folder.parent)
+    reasons["link"] = reasons["folder link"] = "a symbolic link, expected a file; it may lead out of the folder"
+    os.mkfifo(folder / "fifo")
+    reasons["fifo"] = "neither a file nor a folder"
+    (folder / ".hidden").write_bytes(good)
+    reasons[".hidden"] = "a hidden file or folder"
+    (folder / "again").write_bytes(good)
+    reasons["again"] = "byte for byte; counted once"
+    for number in (1, 2):
+        other = {"hu_YX": tiny_head(40 + number), "sop": "1.2.57", "series": "1.2.58", "StudyInstanceUID": "1.2.59"}
+        write_images(folder, {f"one uid {number}": other})
+        reasons[f"one uid {number}"] = "one SOPInstanceUID on 2 files that differ"
+    return reasons
 
 
-def test_two_series_of_one_patient_share_hash_and_split(tmp_path: Path) -> None:
-    images = {
-        str(n): {"series": f"1.2.{n}", "sop": f"1.2.9.{n}", "patient": "same" if n < 4 else "other"}
-        for n in range(1, 5)
+def test_every_kind_of_bad_file_is_one_line_and_stops_nothing(tmp_path: Path) -> None:
+    file = make_site(tmp_path)
+    good, _ = ingested(file)
+    hu = np.array(good.hu)
+    reasons = bad_files(tmp_path / "dicom")
+    cache, report = ingested(file, workers=2)
+    site = read_site(file)
+    np.testing.assert_array_equal(cache.hu, hu)
+    said: dict[str, list[str]] = {}
+    for fault in report.faults:
+        said.setdefault(fault.what, []).append(fault.reason)
+    assert said.keys() == {file_code(site, f"images/{name}") for name in reasons}
+    for name, reason in reasons.items():
+        (line,) = said[file_code(site, f"images/{name}")]
+        assert reason in line, name
+    assert report.files == 3 + len(reasons)
+
+
+def test_bad_masks_are_one_line_each_and_cost_no_image(tmp_path: Path) -> None:
+    file = make_site(tmp_path, data={"masks": "masks"})
+    folder = tmp_path / "masks"
+    Image.fromarray((tiny_head() > 0).astype(np.uint8)).save(folder / f"{SERIES}.1.png")
+    Image.fromarray(np.ones((20, 20), np.uint8)).save(folder / f"{SERIES}.2.png")
+    Image.fromarray(np.ones((20, 20), np.uint8)).save(folder / "1.2.99.png")
+    (folder / f"{SERIES}.3.png").write_bytes((folder / f"{SERIES}.1.png").read_bytes()[:60])
+    (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b no volume")
+    (folder / "letter").write_text("Dear")
+    (folder / "link").symlink_to(f"{SERIES}.1.png")
+    write_images(folder, {"image": {"sop": "1.2.3"}})
+    cache, report = ingested(file)
+    site = read_site(file)
+    assert cache.has_mask.tolist() == [True, False, False]
+    expected = {
+        f"{SERIES}.2.png": "mask is (20, 20) pixels, its image (48, 48); expected the same",
+        f"{SERIES}.3.png": "mask cannot be decoded",
+        "1.2.99.png": "named after no image in data.images",
+        "volume.nii.gz": "cannot be read as NIfTI",
+        "letter": "not a DICOM file",
+        "link": "a symbolic link",
+        "image": "CT Image Storage, expected Segmentation",
     }
-    cache, report = ingested(make_site(tmp_path, images))
-    assert (report.patients, report.series) == (2, 4)
-    assert len(set(cache.patient[:3])) == 1
-    assert cache.patient[3] != cache.patient[0]
-    assert len(set(cache.split[:3])) == 1
+    assert {f.what for f in report.faults} == {file_code(site, f"masks/{name}") for name in expected}
+    for fault in report.faults:
+        assert any(fault.what == file_code(site, f"masks/{n}") and r in fault.reason for n, r in expected.items())
 
 
-@pytest.mark.parametrize("role", ["held-out", "development"])
-def test_a_hospital_that_does_not_train_is_all_test(tmp_path: Path, role: str) -> None:
-    images = {str(n): {"series": f"1.2.{n}", "sop": f"1.2.9.{n}", "patient": str(n)} for n in range(1, 13)}
-    cache, _ = ingested(make_site(tmp_path, images, role=role))
-    assert set(cache.split) == {"test"}
+def test_a_hospital_of_bad_slices_alone_is_an_error_and_costs_no_second_reading(tmp_path: Path) -> None:
+    file = make_site(tmp_path, three(hu_YX=tiny_head() + 1024))
+    assert "no slice of 1 series can be used; 1x values cannot be HU" in refusal(file)
+    assert not (tmp_path / "cache").exists()
+    calls: list[str] = []
+    with pytest.raises(IngestError, match="values cannot be HU"):
+        ingest(read_site(file), 1, lambda what, done, total: calls.append(what))
+    assert calls == []
 
 
-def test_a_change_of_role_is_noticed(copied_hospitals: SmallHospitals) -> None:
-    edit_site(copied_hospitals.files["hospital-01"], role="held-out")
-    assert not ingest(copied_hospitals.site("hospital-01"), workers=2).unchanged
-    assert set(copied_hospitals.cache("hospital-01").split) == {"test"}
+def test_what_may_not_be_opened_is_told_and_noticed_once_it_may(tmp_path: Path) -> None:
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may open everything, and there is no setpriv to give that up")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    file = make_site(tmp_path, patients(1, 2, 3, 4))
+    locked = [tmp_path / "dicom" / name for name in ("p1/1", "p2", "p3")]
+    for path, mode in zip(locked, (0o000, 0o000, 0o444), strict=True):
+        path.chmod(mode)
+    command = [*prefix, *CLIENT, "ingest", str(file), "--workers", "1"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        for path in reversed(locked):
+            path.chmod(0o755)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = " ".join(result.stdout.split())
+    assert "test-site: 2 patients, 2 series, 3 slices" in text
+    assert "left out 3: cannot be opened (Permission denied)" in text
+    assert "left out 1: a folder that cannot be opened (Permission denied)" in text
+    _, report = ingested(file)  # neither size nor time has changed
+    assert (report.slices, report.faults, report.unchanged) == (8, (), False)
+    assert contents(tmp_path / "cache") == fresh(file)
 
 
-def test_the_splits_shares_are_kept() -> None:
-    patients = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(100)]
-    for count in (1, 2, 10, 47, 100):
-        splits = list(assign_splits(patients[:count], {}).values())
-        for split, share in SPLIT_SHARES.items():
-            assert abs(splits.count(split) - share * count) <= 1
+def test_an_image_that_ends_its_reader_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trapped(image: object) -> object:
+        if image.path.name == "7":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_hu(image)
 
-
-def test_nobody_moves_when_patients_are_added() -> None:
-    patients = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(60)]
-    first = assign_splits(patients[:40], {})
-    later = assign_splits(patients, first)
-    assert {patient: later[patient] for patient in first} == first
-    assert assign_splits(reversed(patients), first) == later, "the order of files decides nothing"
-
-
-def test_splits_outlive_the_cache(copied_hospitals: SmallHospitals) -> None:
-    site, before = copied_hospitals.site("hospital-01"), copied_hospitals.cache("hospital-01")
-    kept = json.loads((site.state / "splits.json").read_text())
-    shutil.rmtree(site.cache)
-    ingest(site, workers=1)
-    after = copied_hospitals.cache("hospital-01")
-    assert after.split.tolist() == before.split.tolist() == [kept[patient] for patient in after.patient]
+    file = make_site(tmp_path, three() | patients(1, 2))
+    read_hu = sys.modules["client.reading"].read_hu
+    monkeypatch.setattr("client.reading.read_hu", trapped)
+    _, report = ingested(file, workers=2)
+    assert report.slices == 2 + 4
+    (fault,) = report.faults
+    assert fault.what == file_code(read_site(file), "images/7")
+    assert "ended its reader" in fault.reason
 
 
 # Doing it again
 
 
-def test_an_unchanged_second_ingest_reads_nothing(tmp_path: Path) -> None:
-    file = make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,1\n")
+def test_an_unchanged_ingest_costs_a_walk(tmp_path: Path) -> None:
+    """No file of the hospital's is opened and no process started; a hook of the interpreter watches."""
+
+    def watched() -> None:
+        seen: list[tuple[str, str]] = []
+        sys.addaudithook(lambda event, args: seen.append((event, str(args[0]) if args else "")))
+        report = ingest(site, 2, lambda *progress: seen.append(("progress", "")))
+        opened = [path for event, path in seen if event == "open" and ("/dicom/" in path or "/masks/" in path)]
+        started = [event for event, _ in seen if event in ("os.fork", "os.posix_spawn", "subprocess.Popen")]
+        sender.send((report, opened, started, ("progress", "") in seen))
+
+    file = make_site(tmp_path, patients(1, 2), data={"masks": "masks", "segment": 1})
+    draw(tmp_path / "masks", "1.2.826.1.1.1")
+    (tmp_path / "dicom" / "letter").write_text("Dear")
     site = read_site(file)
     first = ingest(site, workers=1)
-    before = {path: path.stat().st_mtime_ns for path in site.cache.iterdir()}
-    for path in find_files(site.images):  # same size and time, other content: only a reader would notice
-        stat = path.stat()
-        path.write_bytes(b"\0" * stat.st_size)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    calls: list[int] = []
-    second = ingest(site, workers=1, progress=lambda done, total: calls.append(done))
-    assert second == replace(first, unchanged=True)
-    assert (calls, before) == ([], {path: path.stat().st_mtime_ns for path in site.cache.iterdir()})
+    times = {path: path.stat().st_mtime_ns for path in site.cache.iterdir()}
+    results = []
+    for _ in range(2):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = in_process(watched)
+        process.join()
+        results.append((*receiver.recv(), {path: path.stat().st_mtime_ns for path in site.cache.iterdir()} == times))
+        os.utime(tmp_path / "dicom" / "letter")
+    assert results[0] == (replace(first, read=0, unchanged=True), [], [], False, True)
+    assert results[1][2] != [], "the hook sees what it looks for"
+    assert results[1][3:] == (True, False)
+    assert len(first.faults) == 1
 
 
-def _grow(root: Path) -> None:
-    write_ct(root / "dicom" / "new", disc((2.0, 2.0), (100, 100)), spacing=(2.0, 2.0), position=(0, 0, 20), sop="1.2.4")
+def _add_image(root: Path) -> None:
+    write_images(root / "dicom", {"p1/3": patients(1, slices=3)["p1/3"]})
 
 
-def _touch(root: Path) -> None:
-    os.utime(root / "dicom" / "7", ns=(1, 1))
+def _drop_image(root: Path) -> None:
+    (root / "dicom" / "p1" / "1").unlink()
 
 
-def _drop(root: Path) -> None:
-    (root / "dicom" / "6").unlink()
+def _touch_image(root: Path) -> None:
+    os.utime(root / "dicom" / "p1" / "1", ns=(1, 1))
+
+
+def _other_pixels(root: Path) -> None:
+    write_images(root / "dicom", {"p1/1": patients(1)["p1/1"] | {"hu_YX": tiny_head(77)}})
+
+
+def _add_patient(root: Path) -> None:
+    write_images(root / "dicom", patients(5))
+
+
+def _drop_patient(root: Path) -> None:
+    shutil.rmtree(root / "dicom" / "p2")
+
+
+def _move_patient(root: Path) -> None:
+    (root / "dicom" / "p2").rename(root / "dicom" / "elsewhere")
+
+
+def _add_letter(root: Path) -> None:
+    (root / "dicom" / "letter").write_text("Dear")
 
 
 def _relabel(root: Path) -> None:
-    (root / "labels.csv").write_text(HEADER + f"{SERIES},1.2.1,0\n")
+    (root / "labels.csv").write_text(HEADER + "1.2.826.1.1,1.2.826.1.1.1,0\n")
 
 
-@pytest.mark.parametrize("change", [_grow, _touch, _drop, _relabel])
-def test_a_changed_file_is_noticed(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    file = make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,1\n")
-    ingest(read_site(file), workers=1)
+def _no_labels(root: Path) -> None:
+    edit_data(root / "site.yaml", labels=None)
+
+
+def _other_mask(root: Path) -> None:
+    draw(root / "masks", "1.2.826.1.1.1", value=2)
+
+
+def _add_mask(root: Path) -> None:
+    draw(root / "masks", "1.2.826.1.2.1")
+
+
+def _drop_mask(root: Path) -> None:
+    (root / "masks" / "1.2.826.1.1.1.png").unlink()
+
+
+def _other_segment(root: Path) -> None:
+    edit_data(root / "site.yaml", segment=2)
+
+
+def _accept_lossy(root: Path) -> None:
+    edit_data(root / "site.yaml", accept_lossy=True)
+
+
+def _other_role(root: Path) -> None:
+    edit_site(root / "site.yaml", role="held-out")
+
+
+CHANGES = [
+    (_add_image, 1, 1),
+    (_drop_image, 0, 1),
+    (_touch_image, 1, 1),
+    (_other_pixels, 1, 1),
+    (_add_patient, 2, 1),
+    (_drop_patient, 0, 0),
+    (_move_patient, 2, 1),
+    (_add_letter, 1, 0),
+    (_relabel, 0, 0),
+    (_no_labels, 0, 0),
+    (_other_mask, 1, 1),
+    (_add_mask, 1, 1),
+    (_drop_mask, 0, 1),
+    (_other_segment, 0, 1),
+    (_accept_lossy, 2, 1),  # the two images that had been left out
+    (_other_role, 0, 0),
+]
+
+
+def changing_site(root: Path) -> Path:
+    """Four patients, one labelled and with a mask, one lossy."""
+    images = patients(1, 2, 3, 4)
+    for name in ("p4/1", "p4/2"):
+        images[name] |= {"LossyImageCompression": "01"}
+    table = HEADER + "1.2.826.1.1,1.2.826.1.1.1,1\n1.2.826.1.3,1.2.826.1.3.1,0\n"
+    file = make_site(root, images, labels=table, data={"masks": "masks", "segment": 1})
+    draw(root / "masks", "1.2.826.1.1.1")
+    return file
+
+
+@pytest.mark.parametrize(("change", "headers", "series"), CHANGES)
+def test_only_what_changed_is_read_and_the_cache_is_that_of_a_fresh_ingest(
+    tmp_path: Path, change: Callable[[Path], None], headers: int, series: int
+) -> None:
+    file = changing_site(tmp_path)
+    read, parts, before = counted(file)
+    assert (read, parts) == (9, 3)
     change(tmp_path)
-    cache, report = ingested(file)
-    assert not report.unchanged
-    assert len(cache.label) == {_grow: 4, _drop: 2}.get(change, 3)
-    assert cache.label[0] == (0 if change is _relabel else 1)
+    read, parts, after = counted(file)
+    assert (read, parts) == (headers, series)
+    assert after != before
+    assert after == fresh(file)
+    assert ingest(read_site(file), workers=1).unchanged
+
+
+def test_changes_that_are_undone_leave_no_trace(tmp_path: Path) -> None:
+    file = changing_site(tmp_path)
+    edit_data(file, accept_lossy=True)
+    before = counted(file)[2]
+    edit_data(file, accept_lossy=False)
+    assert counted(file)[:2] == (2, 0)
+    edit_data(file, accept_lossy=True, segment=2)
+    assert counted(file)[:2] == (2, 2)
+    edit_data(file, segment=1)
+    assert counted(file) == (0, 1, before)
+
+
+def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
+    file = changing_site(tmp_path)
+    before, _ = ingested(file)
+    hu, names = np.array(before.hu), before.patient.tolist()
+    for path in (tmp_path / "dicom").rglob("*"):  # same size and time, other content: only a reader would notice
+        if path.is_file():
+            stat = path.stat()
+            path.write_bytes(b"\0" * stat.st_size)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    write_images(tmp_path / "dicom", patients(5))
+    after, report = ingested(file)
+    assert (report.read, report.slices) == (1, 8)
+    old = [i for i, name in enumerate(after.patient) if name in names]
+    np.testing.assert_array_equal(after.hu[old], hu)
+
+
+def test_a_change_of_role_is_noticed(tmp_path: Path) -> None:
+    file = make_site(tmp_path, patients(1, 2, 3, 4, 5, slices=1))
+    assert set(ingested(file)[0].split) == {"train", "val", "test"}
+    edit_site(file, role="held-out")
+    assert set(ingested(file)[0].split) == {"test"}
 
 
 def test_faults_are_shown_again(tmp_path: Path) -> None:
     file = make_site(tmp_path)
     (tmp_path / "dicom" / "letter").write_text("Dear")
-    for _ in range(2):
+    for _ in range(3):
         report = ingest(read_site(file), workers=1)
-        assert [fault.what for fault in report.faults] == ["letter"]
+        assert [fault.what for fault in report.faults] == [file_code(read_site(file), "images/letter")]
+        edit_site(file, weight=2.0)
+    assert report.unchanged
 
 
-def test_leftovers_of_an_interrupted_ingest_are_harmless(tmp_path: Path) -> None:
-    file = make_site(tmp_path)
-    partial = tmp_path / "cache.partial"
-    partial.mkdir()
-    (partial / "slices.npy").write_bytes(b"half")
-    (partial / "slices.npy.cut").write_bytes(b"half")
-    cache, report = ingested(file)
-    assert (len(cache.label), report.slices) == (3, 3)
-    assert not partial.exists()
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        "cache.json",
-        "index.csv",
-        "masks.npy",
-        "slices.npy",
-    ]
-
-
-def test_a_failed_ingest_leaves_the_old_cache(tmp_path: Path) -> None:
-    file = make_site(tmp_path, labels=HEADER + f"{SERIES},1.2.1,1\n")
-    before, _ = ingested(file)
-    for path in find_files(tmp_path / "dicom"):
-        spoil(path)
-    with pytest.raises(IngestError):
-        ingest(read_site(file), workers=1)
-    np.testing.assert_array_equal(read_cache(tmp_path / "cache").hu, before.hu)
-
-
-@pytest.mark.parametrize("name", ["slices.npy", "masks.npy", "index.csv", "cache.json"])
-@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(n, d) for n in ("slices.npy", "masks.npy", "index.csv", "cache.json") for d in ("gone", "cut")]
+    + [("cache.json", "other")],
+)
 def test_a_damaged_cache_is_written_anew(tmp_path: Path, name: str, damage: str) -> None:
     file = make_site(tmp_path)
+    whole = counted(file)[2]
+    path = tmp_path / "cache" / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30] if damage == "cut" else b"[]")
+    assert counted(file) == (0, 1, whole)
+
+
+@pytest.mark.parametrize("name", ["parts.jsonl", "files.jsonl"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_what_an_ingest_remembers_may_be_lost(tmp_path: Path, name: str, damage: str) -> None:
+    file = make_site(tmp_path, patients(1, 2))
     ingest(read_site(file), workers=1)
     path = tmp_path / "cache" / name
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    cache, report = ingested(file)
-    assert (len(cache.label), report.unchanged) == (3, False)
-
-
-@pytest.mark.parametrize("cache", [".", "dicom", "state"])
-def test_a_cache_over_the_hospitals_own_files_is_refused(tmp_path: Path, cache: str) -> None:
-    """The cache's folder is deleted and made anew; the hospital's images and key must survive a wrong site.yaml."""
-    file = make_site(tmp_path, cache=cache)
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "key").write_bytes(b"k" * 32)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="cache"):  # SiteError or IngestError
-        ingest(read_site(file), workers=1)
-    assert {path: path.read_bytes() for path in files if path.is_file()} == files
+        path.write_bytes(path.read_bytes()[:-30])
+    write_images(tmp_path / "dicom", patients(3))
+    after = counted(file)[2]
+    assert after == fresh(file)
 
 
 def test_progress_counts_every_series(tmp_path: Path) -> None:
-    images = {str(n): {"series": f"1.2.{n}", "sop": f"1.2.9.{n}"} for n in range(1, 4)}
-    calls: list[tuple[int, int]] = []
-    ingest(read_site(make_site(tmp_path, images)), workers=1, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    calls: list[tuple[str, int, int]] = []
+    file = make_site(tmp_path, patients(1, 2, 3, slices=1))
+    ingest(read_site(file), 1, lambda *progress: calls.append(progress))
+    assert calls == [("headers", 3, 3), ("series", 1, 3), ("series", 2, 3), ("series", 3, 3)]
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
-    images = {str(n): {"series": f"1.2.{n}", "sop": f"1.2.9.{n}", "patient": str(n)} for n in range(1, 6)}
-    parts = []
-    for workers in (1, 3):
-        site = read_site(make_site(tmp_path, images, cache=f"cache-{workers}"))
-        ingest(site, workers=workers)
-        parts.append([(site.cache / name).read_bytes() for name in ("slices.npy", "masks.npy", "index.csv")])
-    assert parts[0] == parts[1]
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "_CHUNK", 3)
+    file = changing_site(tmp_path)
+    write_images(tmp_path / "dicom", patients(*range(5, 12)))
+    bad_files_of_all_places(tmp_path)
+    found = []
+    for workers in (1, 2, 4):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        found.append(counted(file, workers)[2])
+    assert found[0] == found[1] == found[2]
+
+
+def bad_files_of_all_places(root: Path) -> None:
+    (root / "dicom" / "p5" / "1").write_bytes(b"torn")
+    (root / "dicom" / "letter").write_text("Dear")
+    (root / "masks" / "letter").write_text("Dear")
+
+
+# A stop at any moment
+
+
+def die_at(file: Path, what: str, done: int) -> list[int]:
+    """An ingest in a process of its own that is killed when progress is there; returns its workers."""
+
+    def work() -> None:
+        def progress(now: str, count: int, total: int) -> None:
+            if (now, count) == (what, done):
+                sender.send([child.pid for child in multiprocessing.active_children()])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        ingest(read_site(file), 2, progress)
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = in_process(work)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return receiver.recv()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has ended; one that nobody waits for is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.fixture
+def eight_patients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, bytes]]:
+    """A hospital whose files are read four at a time, without a cache, and the cache of an undisturbed ingest."""
+    monkeypatch.setattr(scan_module, "_CHUNK", 4)
+    file = make_site(tmp_path, patients(*range(1, 9)))
+    whole = fresh(file)
+    shutil.rmtree(tmp_path / "cache")
+    return file, whole
+
+
+@pytest.mark.parametrize(
+    ("what", "done", "headers", "series"),
+    [("headers", 4, 12, 8), ("headers", 12, 4, 8), ("headers", 16, 0, 8), ("series", 1, 0, 7), ("series", 5, 0, 3)],
+)
+def test_an_ingest_that_was_killed_goes_on(
+    eight_patients: tuple[Path, dict[str, bytes]], what: str, done: int, headers: int, series: int
+) -> None:
+    file, whole = eight_patients
+    die_at(file, what, done)
+    cache = file.parent / "cache"
+    with pytest.raises(CacheError, match="no slice cache"):
+        read_cache(cache)
+    assert counted(file, 2) == (headers, series, whole)
+    assert not (file.parent / "cache.partial").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot tie a process to its parent")
+def test_no_worker_outlives_an_ingest_that_was_killed(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    workers = die_at(eight_patients[0], "series", 2)
+    assert len(workers) == 2
+    for _ in range(500):
+        if all(map(ended, workers)):
+            return
+        time.sleep(0.01)
+    pytest.fail("workers go on without their parent")
+
+
+def test_ingests_killed_again_and_again_come_to_the_same_end(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    file, whole = eight_patients
+    for what, done in (("headers", 8), ("headers", 4), ("series", 2), ("series", 5), ("series", 6)):
+        die_at(file, what, done)
+    assert counted(file) == (0, 2, whole)
+
+
+def test_an_ingest_that_was_killed_leaves_the_old_cache(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    file, _ = eight_patients
+    old = fresh(file)
+    for n in (2, 3, 4):
+        os.utime(file.parent / "dicom" / f"p{n}" / "1", ns=(n, n))
+    write_images(file.parent / "dicom", patients(9))
+    die_at(file, "series", 4)
+    assert contents(file.parent / "cache") == old
+    read_cache(file.parent / "cache")
+    headers, series, after = counted(file)
+    assert headers == 0
+    assert series < 4
+    assert after == fresh(file)
+
+
+def test_a_stop_between_the_renames_is_ended_by_the_next_ingest(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    """As a kill between os.replace(cache, old) and os.replace(partial, cache) leaves it."""
+    file, _ = eight_patients
+    root = file.parent
+    fresh(file)
+    shutil.copytree(root / "cache", root / "cache.old")
+    (root / "dicom" / "p1" / "1").unlink()
+    new = counted(file)[2]
+    (root / "cache").rename(root / "cache.partial")
+    with pytest.raises(CacheError, match="no slice cache"):
+        read_cache(root / "cache")
+    report = ingest(read_site(file), workers=1)
+    assert report.unchanged
+    assert contents(root / "cache") == new
+    assert {path.name for path in root.iterdir()} == {"cache", "dicom", "site.yaml", "state"}
+
+
+def test_a_killed_ingest_of_what_is_no_longer_there_is_forgotten(
+    eight_patients: tuple[Path, dict[str, bytes]],
+) -> None:
+    file, whole = eight_patients
+    fresh(file)
+    write_images(file.parent / "dicom", patients(9))
+    die_at(file, "series", 3)
+    shutil.rmtree(file.parent / "dicom" / "p9")
+    assert ingest(read_site(file), workers=1).unchanged
+    assert contents(file.parent / "cache") == whole
+    assert not (file.parent / "cache.partial").exists()
+
+
+def test_the_command_can_be_killed_and_goes_on(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    file, _ = eight_patients
+    write_images(file.parent / "dicom", patients(*range(10, 60)))
+    whole = fresh(file)
+    shutil.rmtree(file.parent / "cache")
+    unfinished = file.parent / "cache.partial"
+    with subprocess.Popen(
+        [*CLIENT, "ingest", str(file), "--workers", "2"], cwd=ROOT, stdout=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and len(read_journal(unfinished)) < 3:
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "it was too fast to be killed"
+    there = len(read_journal(unfinished))
+    assert there >= 3
+    headers, series, after = counted(file, 2)
+    assert (headers, series) == (0, 58 - there)
+    assert after == whole
+
+
+def test_a_full_disk_is_a_clear_error_and_no_broken_cache(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
+    def work(limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            ingest(read_site(file), 2)
+        except IngestError as error:
+            sender.send(str(error))
+
+    file, whole = eight_patients
+    for limit in (500, 5_000, 250_000, 1_000_000):  # in the records, in the journal or arrays
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = in_process(partial(work, limit))
+        process.join()
+        text = receiver.recv()
+        assert "stopped by the system (File too large)" in text
+        assert "make room" in text
+        assert not (file.parent / "cache").exists()
+    there = len(read_journal(file.parent / "cache.partial"))
+    assert there > 0
+    assert counted(file) == (0, 8 - there, whole)
+
+
+def test_a_state_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    file = make_site(tmp_path)
+    (tmp_path / "state").write_text("a file in its place")
+    text = refusal(file)
+    assert "stopped by the system (" in text
+    assert "give permission to write cache and state" in text
+
+
+# One at a time, and nobody else's files
+
+
+def test_a_second_ingest_at_once_is_refused(tmp_path: Path) -> None:
+    def work() -> None:
+        def wait(what: str, done: int, total: int) -> None:
+            if (what, done) == ("series", 1):
+                there.send(True)
+                go_on.recv()
+
+        ingest(read_site(file), 1, wait)
+
+    file = make_site(tmp_path, patients(1, 2))
+    (arrived, there), (go_on, go) = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
+    first = in_process(work)
+    assert arrived.recv()
+    for _ in range(2):
+        assert refusal(file) == "site 'test-site': another ingest is at work; wait for it, or end it"
+    assert not (tmp_path / "cache").exists()
+    go.send(True)
+    first.join()
+    assert first.exitcode == 0
+    assert ingest(read_site(file), workers=1).unchanged
+
+
+@pytest.mark.parametrize(
+    ("cache", "suffix"),
+    [
+        *((place, "") for place in (".", "dicom", "masks", "state", "labels.csv")),
+        *(("thesis", s) for s in ("", ".partial", ".old")),
+    ],
+)
+def test_a_cache_over_the_hospitals_own_files_is_refused(tmp_path: Path, cache: str, suffix: str) -> None:
+    """Cache folders are deleted and made anew; the hospital's files must survive a wrong site.yaml."""
+    file = make_site(tmp_path, labels=HEADER, data={"masks": "masks"}, cache=cache)
+    draw(tmp_path / "masks", f"{SERIES}.1")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "key").write_bytes(b"k" * 32)
+    (tmp_path / f"thesis{suffix}").mkdir()
+    (tmp_path / f"thesis{suffix}" / "chapter").write_text("all of it")
+    files = contents(tmp_path)
+    with pytest.raises(ValueError, match="cache"):  # SiteError or IngestError
+        ingest(read_site(file), workers=1)
+    assert {name: content for name, content in contents(tmp_path).items() if name != "state/ingest.lock"} == files
+
+
+def test_an_ingest_moves_no_time_and_no_byte_of_the_hospitals_files(tmp_path: Path) -> None:
+    file = changing_site(tmp_path)
+
+    def seen() -> dict[str, tuple[bytes, int]]:
+        paths = [
+            p
+            for place in ("dicom", "masks", "labels.csv", "site.yaml")
+            for p in (tmp_path / place, *(tmp_path / place).rglob("*"))
+        ]
+        return {str(p): (p.read_bytes() if p.is_file() else b"", p.stat().st_mtime_ns) for p in paths}
+
+    before = seen()
+    ingest(read_site(file), workers=2)
+    assert seen() == before

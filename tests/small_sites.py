@@ -1,0 +1,129 @@
+"""Hospitals of a few tiny images, written as real DICOM files."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from client.dicom import pseudonym
+from client.ingest import IngestReport, ingest
+from shared.site import Site, read_site
+from shared.slices import SliceCache, read_cache
+from tests.dicom_files import ct_dataset, enhanced_ct, write_ct
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIENT = [sys.executable, "-c", "from client.cli import main; main()"]  # hemafed-client, to be run in ROOT
+SERIES = "1.2.826.1"
+SIDE, SPACING_MM = 48, 4.0
+
+
+def tiny_head(brightness_hu: int = 40) -> NDArray[np.int16]:
+    """A disc of 150 mm in air, int16 (48, 48)."""
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    return np.where(np.hypot(y, x) * SPACING_MM < 75, brightness_hu, -1000).astype(np.int16)
+
+
+def three(series: str = SERIES, **settings: object) -> dict[str, dict]:
+    """Files of slices <series>.1 to .3 from the feet up; the files' names run the other way."""
+    return {
+        f"{9 - n}": {"position": (0.0, 0.0, 5.0 * n), "series": series, "sop": f"{series}.{n}", **settings}
+        for n in (1, 2, 3)
+    }
+
+
+def patients(*numbers: int, slices: int = 2) -> dict[str, dict]:
+    """Files of some patients, each with one study of one series."""
+    return {
+        f"p{number}/{n}": {
+            "hu_YX": tiny_head(30 + number),
+            "position": (0.0, 0.0, 5.0 * n),
+            "series": f"1.2.826.1.{number}",
+            "sop": f"1.2.826.1.{number}.{n}",
+            "patient": f"patient-{number}",
+            "StudyInstanceUID": f"1.2.826.9.{number}",
+        }
+        for number in numbers
+        for n in range(1, slices + 1)
+    }
+
+
+def write_images(folder: Path, images: dict[str, dict]) -> None:
+    """File name -> settings of write_ct."""
+    for name, settings in images.items():
+        write_ct(folder / name, **({"hu_YX": tiny_head(), "spacing": (SPACING_MM, SPACING_MM)} | settings))
+
+
+def write_multi_frame(path: Path, frames: int, series: str = SERIES, **changes: object) -> None:
+    """An enhanced CT image <series>.1, its frames 5 mm apart from the feet up, each a little brighter than the last."""
+    place = {"spacing": (SPACING_MM, SPACING_MM), "series": series, **changes}
+    singles = [ct_dataset(tiny_head(30 + n), position=(0.0, 0.0, 5.0 * (n + 1)), **place) for n in range(frames)]
+    ds = enhanced_ct(singles, list(range(frames)))
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{series}.1"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+
+
+def make_site(
+    root: Path,
+    images: dict[str, dict] | None = None,
+    labels: str | None = None,
+    data: dict[str, object] | None = None,
+    **site: object,
+) -> Path:
+    """A hospital's site.yaml; images: file name -> settings of write_ct, by default three slices of one series."""
+    (root / "dicom").mkdir(parents=True, exist_ok=True)
+    write_images(root / "dicom", three() if images is None else images)
+    content = {"images": "dicom"} | (data or {})
+    for key in ("images", "masks"):
+        if key in content:
+            (root / str(content[key])).mkdir(exist_ok=True)
+    if labels is not None:
+        (root / "labels.csv").write_text(labels, encoding="utf-8")
+        content["labels"] = "labels.csv"
+    (root / "site.yaml").write_text(yaml.safe_dump({"site": "test-site", "data": content, **site}))
+    return root / "site.yaml"
+
+
+def edit_data(file: Path, **keys: object) -> None:
+    """Change keys of site.yaml's data section."""
+    content = yaml.safe_load(file.read_text())
+    content["data"] |= keys
+    file.write_text(yaml.safe_dump(content))
+
+
+def ingested(file: Path, workers: int = 1) -> tuple[SliceCache, IngestReport]:
+    site = read_site(file)
+    report = ingest(site, workers)
+    return read_cache(site.cache), report
+
+
+def index(site: Site) -> list[dict[str, str]]:
+    return list(csv.DictReader((site.cache / "index.csv").read_text().splitlines()))
+
+
+def file_code(site: Site, name: str) -> str:
+    """What messages call a file, by its place and path: "images/9"."""
+    return f"file {pseudonym(site.key(), 'file', name)}"
+
+
+def series_name(site: Site, uid: str = SERIES) -> str:
+    return f"series {pseudonym(site.key(), 'series', uid)}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def in_process(work: Callable[[], object]) -> multiprocessing.Process:
+    """Some work in a process of its own that is forked from this one, started."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
