@@ -17,7 +17,7 @@ from pathlib import Path
 
 from client.dicom import Fault, pseudonym
 from client.series import CtSeries
-from shared.site import Site
+from shared.site import Site, SiteError
 
 SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
@@ -197,7 +197,7 @@ def splits_of(site: Site, patients: Iterable[str], keep: bool = True) -> dict[st
       patients: hashes.
       keep: whether new patients' splits are written down.
     Raises:
-      LabelError: the splits written down cannot be read; without them, who was trained on could be tested on.
+      SiteError: the splits written down cannot be read; without them, who was trained on could be tested on.
     """
     if site.role != "train":
         return dict.fromkeys(patients, "test")
@@ -208,7 +208,9 @@ def splits_of(site: Site, patients: Iterable[str], keep: bool = True) -> dict[st
     except (OSError, ValueError, TypeError):
         damaged = True
     if damaged:
-        raise LabelError(f"{path} is damaged: it says which patients are tested on; restore it from a backup")
+        raise SiteError(
+            f"site {site.name!r}: {path} is damaged; it says which patients are tested on: restore it from a backup"
+        )
     splits = assign_splits(patients, known)
     if keep and splits != known:
         partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -6,7 +6,10 @@ import csv
 import multiprocessing
 import sys
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -127,3 +130,11 @@ def in_process(work: Callable[[], object]) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
+
+
+def answer_of(work: Callable[[Connection], object]) -> tuple[Any, int | None]:
+    """What some work in a process of its own has sent, None if nothing, and its exit status."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = in_process(partial(work, sender))
+    process.join()
+    return (receiver.recv() if receiver.poll() else None), process.exitcode

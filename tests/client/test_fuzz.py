@@ -2,7 +2,8 @@
 
 A series of five slices, one of which is damaged, goes the way of an ingest. What comes out of the damaged file has the HU
 and the grid of the undamaged one, or it is left out with a reason. One exception is in the nature of DICOM, which has no
-checksum: a byte changed inside the pixels themselves can be another valid picture. Then shape and grid must be right.
+checksum: a byte changed inside the pixels themselves can be another valid picture, and so can any change within the one
+stream of a deflated file. Then shape and grid must be right.
 Where a slice lies has less redundancy than what it shows: a changed digit of its position that keeps the order of a
 series' slices stays unnoticed, and its HU are right all the same.
 """
@@ -148,6 +149,8 @@ def test_a_damaged_image_is_right_or_left_out(syntax: str, damage: Damage, place
         shown = {row.image for row in part.rows}
         damaged = [s for s in one.slices if s.file == f"{VICTIM}" and s.image in shown]
         in_pixels = damage.kind == "flip" and all(at >= begin for at in flipped)
+        if syntax == DeflatedExplicitVRLittleEndian:  # bytes more or less can end at the same length, too
+            in_pixels |= damage.kind != "cut" and int(damage.place * len(files[VICTIM])) >= begin
         for image in damaged:
             row = [r.image for r in part.rows].index(image.image)
             assert (image.shape, image.spacing_mm) == ((SIDE, SIDE), (4.0, 4.0))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from tests.small_sites import (
     SERIES,
     SIDE,
     SPACING_MM,
+    answer_of,
     contents,
     edit_data,
     file_code,
@@ -355,7 +357,7 @@ def test_an_image_that_ends_its_reader_is_one_line(tmp_path: Path, monkeypatch: 
 def test_an_unchanged_ingest_costs_a_walk(tmp_path: Path) -> None:
     """No file of the hospital's is opened and no process started; a hook of the interpreter watches."""
 
-    def watched() -> None:
+    def watched(sender: Connection) -> None:
         seen: list[tuple[str, str]] = []
         sys.addaudithook(lambda event, args: seen.append((event, str(args[0]) if args else "")))
         report = ingest(site, 2, lambda *progress: seen.append(("progress", "")))
@@ -371,10 +373,8 @@ def test_an_unchanged_ingest_costs_a_walk(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in site.cache.iterdir()}
     results = []
     for _ in range(2):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = in_process(watched)
-        process.join()
-        results.append((*receiver.recv(), {path: path.stat().st_mtime_ns for path in site.cache.iterdir()} == times))
+        answer, _ = answer_of(watched)
+        results.append((*answer, {path: path.stat().st_mtime_ns for path in site.cache.iterdir()} == times))
         os.utime(tmp_path / "dicom" / "letter")
     assert results[0] == (replace(first, read=0, unchanged=True), [], [], False, True)
     assert results[1][2] != [], "the hook sees what it looks for"
@@ -599,7 +599,7 @@ def bad_files_of_all_places(root: Path) -> None:
 def die_at(file: Path, what: str, done: int) -> list[int]:
     """An ingest in a process of its own that is killed when progress is there; returns its workers."""
 
-    def work() -> None:
+    def work(sender: Connection) -> None:
         def progress(now: str, count: int, total: int) -> None:
             if (now, count) == (what, done):
                 sender.send([child.pid for child in multiprocessing.active_children()])
@@ -607,11 +607,9 @@ def die_at(file: Path, what: str, done: int) -> list[int]:
 
         ingest(read_site(file), 2, progress)
 
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = in_process(work)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    return receiver.recv()
+    workers, status = answer_of(work)
+    assert status == -signal.SIGKILL
+    return workers
 
 
 def ended(pid: int) -> bool:
@@ -732,7 +730,7 @@ def test_the_command_can_be_killed_and_goes_on(eight_patients: tuple[Path, dict[
 
 
 def test_a_full_disk_is_a_clear_error_and_no_broken_cache(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
-    def work(limit: int) -> None:
+    def work(limit: int, sender: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
             ingest(read_site(file), 2)
@@ -741,10 +739,7 @@ def test_a_full_disk_is_a_clear_error_and_no_broken_cache(eight_patients: tuple[
 
     file, whole = eight_patients
     for limit in (500, 5_000, 250_000, 1_000_000):  # in the records, in the journal or arrays
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = in_process(partial(work, limit))
-        process.join()
-        text = receiver.recv()
+        text, _ = answer_of(partial(work, limit))
         assert "stopped by the system (File too large)" in text
         assert "make room" in text
         assert not (file.parent / "cache").exists()

@@ -30,7 +30,7 @@ from pydicom.tag import Tag
 
 from client.store import read_journal
 from tests.dicom_files import ct_dataset
-from tests.small_sites import CLIENT, ROOT, SIDE, SPACING_MM, contents, make_site, tiny_head
+from tests.small_sites import CLIENT, ROOT, SIDE, SPACING_MM, contents, make_site, patients, tiny_head, write_images
 
 FAMILY, GIVEN, OTHER_NAME, STAFF = "Zwiebelfisch", "Ottokarina", "Quastenflosser", "Knollenblatt"
 PATIENT_ID, OTHER_ID, ACCESSION, STATION = "PXQ-884127", "KVNR-X99431207", "ACCQ5512098", "STATQVEST7"
@@ -311,6 +311,7 @@ def test_a_refused_ingest_names_nobody(hospital: Path) -> None:
 
 
 def test_a_killed_ingest_leaves_nobodys_name(hospital: Path) -> None:
+    write_images(hospital / "dicom", patients(*range(20, 60)))  # so that it takes a while
     partial = hospital / "cache.partial"
     process = subprocess.Popen(
         [*CLIENT, "ingest", str(hospital / "site.yaml"), "--workers", "1"],
