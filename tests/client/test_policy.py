@@ -16,7 +16,7 @@ from shared.wire import tally_to_record, to_record
 def site(**rules: object) -> Site:
     place = Path("/nowhere")
     policy = replace(Policy(release=("encoder",), metrics=True, min_patients=5), **rules)
-    return Site("hospital-03", "train", 1.0, place, None, None, place, place, policy)
+    return Site("hospital-03", "train", 1.0, place, None, None, place, place, policy=policy)
 
 
 def update(*names: str) -> ArrayRecord:
