@@ -90,7 +90,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
         (content(policy={"min_patient": 3}), "unknown key 'policy.min_patient'; did you mean 'policy.min_patients'"),
         ({"data": {"images": "dicom"}}, "'site' is missing; expected keys: cache, data, policy"),
         ({"site": "a"}, "'data' is missing"),
-        (content(data={"masks": "masks"}), "'data.images' is missing; expected keys: accept_lossy, images, labels, masks, segment"),
+        (
+            content(data={"masks": "masks"}),
+            "'data.images' is missing; expected keys: accept_lossy, images, labels, masks, segment",
+        ),
         (content(data="dicom"), "data is a str, expected a mapping"),
         (content(role="test"), "role is 'test', expected one of train, held-out, development"),
         (content(role=1), r"'role' is 1 \(int\), expected str"),
