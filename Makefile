@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: simulate test hospitals clean
 
 simulate: $(VENV)/app.done
-	$(BIN)/hemafed-sim run $(ARGS)
+	$(BIN)/hemafed-sim demo $(ARGS)
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, enforce, metrics_refusal
-from client.train import LocalState, TrainError, build_optimiser, round_seed, train_round
+from client.train import Learner, LocalState, TrainError, build_learner, round_seed, train_round, training_inputs
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
@@ -120,7 +120,9 @@ def train(message: Message, context: Context) -> Message:
         raise TrainError(f"site {site.name!r} has role {site.role!r} and does not train; only role 'train' does")
     order = message.content["config"]
     round_number, run = int(order["server-round"]), _run_name(order["run"])
-    model, optimiser, state, _ = _local_model(site, config, run, before=round_number)
+    inputs = training_inputs(cache, config, site.name)
+    learner, state, _ = _local_learner(site, config, run, before=round_number)
+    model = learner.model
     _load_shared(model, message.content["arrays"], config)
 
     # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
@@ -128,16 +130,15 @@ def train(message: Message, context: Context) -> Message:
     tally = tally_scores(before, 0, np.random.default_rng(0))
 
     report = train_round(
-        model,
-        optimiser,
-        cache,
+        learner,
+        inputs,
         config,
         site=site.name,
         round_number=round_number,
         proximal_mu=float(order.get("proximal-mu", 0.0)),
         progress=log.info,
     )
-    state.save(model, optimiser, round_number)
+    state.save(learner, round_number)
     patients = min(len(np.unique(cache.patient[cache.rows("train")])), tally.patients)
     return _reply(
         message,
@@ -155,10 +156,12 @@ def heads(message: Message, context: Context) -> Message:
     site, config, _ = _opened(context)
     order = message.content["config"]
     wanted = tuple(str(order["groups"]).split(","))
-    model, _, _, trained = _local_model(site, config, _run_name(order["run"]))
+    learner, _, trained = _local_learner(site, config, _run_name(order["run"]))
     if not trained:
         raise TrainError(f"site {site.name!r} has trained no round of this run, so it has no heads of it")
-    return _reply(message, site, facts={"site": site.name}, update=to_record(to_arrays(model.state_dict(), wanted)))
+    return _reply(
+        message, site, facts={"site": site.name}, update=to_record(to_arrays(learner.model.state_dict(), wanted))
+    )
 
 
 @app.evaluate()
@@ -209,14 +212,13 @@ def _run_name(value: object) -> str:
     return value
 
 
-def _local_model(
+def _local_learner(
     site: Site, config: RunConfig, run: str, before: int | None = None
-) -> tuple[MultiTaskSwin, torch.optim.AdamW, LocalState, int]:
-    """The model with this hospital's heads and optimiser as the last round, before a given one, left them; and that round."""
-    model = build_model(config.model, config.run.seed).to(best_device())
-    optimiser = build_optimiser(model, config)
+) -> tuple[Learner, LocalState, int]:
+    """What learns here, as the last round, before a given one, left it; and that round."""
+    learner = build_learner(config, best_device())
     state = LocalState(site.state / "runs" / run)
-    return model, optimiser, state, state.restore(model, optimiser, before)
+    return learner, state, state.restore(learner, before)
 
 
 def _load_shared(model: MultiTaskSwin, record: ArrayRecord, config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """One local round in a hospital: global encoder in, locally trained encoder out.
 
-The procedure is ordinary PyTorch: AdamW, a learning rate that warms up and falls over the whole federation,
+The procedure is ordinary PyTorch: Muon and AdamW, a learning rate that warms up and falls over the whole federation,
 gradient clipping, bfloat16 where the machine is faster with it. Heads and the optimiser's state stay on the
 hospital's own disk between rounds (LocalState); they never travel with a round.
 """
@@ -11,20 +11,24 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.batches import epoch_batches, make_batch
+from shared.batches import Batch, Inputs, epoch_batches, make_batch, make_inputs
 from shared.config import RunConfig
-from shared.losses import slice_losses
-from shared.model import MultiTaskSwin, autocast
+from shared.losses import TaskBalance, slice_losses
+from shared.model import VARIANTS, MultiTaskSwin, autocast
+from shared.scoring import build_model
 from shared.slices import SliceCache
+
+# Where the network meets pixels and the logit: no rotation of their inputs is natural, so they are not Muon's.
+_EDGES = ("encoder.patch_embed.", "cls.", "seg.output.", "rec.output.")
 
 
 class TrainError(RuntimeError):
@@ -51,22 +55,77 @@ class RoundReport:
     seconds: float
 
 
-def build_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on biases, norms or relative position tables."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.ndim > 1 and "relative_position" not in name]
-    others = [p for name, p in named if p.ndim <= 1 or "relative_position" in name]
-    groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.train.learning_rate, betas=(0.9, 0.98), fused=True)
+@dataclass(frozen=True)
+class Optimisers:
+    """Muon for matrices and AdamW for the rest, or AdamW alone, stepped as one.
+
+    Attributes:
+      parts: each group has the key "top", its rate at its highest.
+    """
+
+    parts: tuple[torch.optim.Optimizer, ...]
+
+    def set_rate(self, share: float) -> None:
+        """Every group's rate as a share of its highest."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["top"] * share
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict]:
+        """The parts' states."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """The inverse."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
-def learning_rate(config: RunConfig, progress: float) -> float:
-    """Rate at `progress` in [0, 1] of the whole federation: linear warm-up, then half a cosine to 1 % of the top."""
-    top, warmup = config.train.learning_rate, config.train.warmup
+def build_optimisers(model: nn.Module, balance: TaskBalance, config: RunConfig) -> Optimisers:
+    """The optimisers of a local round.
+
+    Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the step of every matrix inside the network; the input
+    projection, what ends in pixels or the logit, biases, norms and relative position tables are AdamW's. Weight decay is
+    on matrices only.
+    """
+    settings = config.train
+    matrices, plain, others = [], [], list(balance.parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "relative_position" in name:
+            others.append(parameter)
+        elif settings.optimiser == "muon" and parameter.ndim == 2 and not name.startswith(_EDGES):
+            matrices.append(parameter)
+        else:
+            plain.append(parameter)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    groups = [
+        {"params": plain, "weight_decay": decay, "top": rate},
+        {"params": others, "weight_decay": 0.0, "top": rate},
+    ]
+    parts = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)]
+    if matrices:
+        group = {"params": matrices, "top": settings.matrix_rate}
+        parts.append(torch.optim.Muon([group], lr=settings.matrix_rate, weight_decay=decay, momentum=0.95))
+    return Optimisers(tuple(parts))
+
+
+def rate_share(config: RunConfig, progress: float) -> float:
+    """Share of the highest rate at `progress` in [0, 1] of the whole federation: linear warm-up, then half a cosine to 1 %."""
+    warmup = config.train.warmup
     if progress < warmup:
-        return top * (0.01 + 0.99 * progress / warmup)
+        return 0.01 + 0.99 * progress / warmup
     fall = (progress - warmup) / max(1 - warmup, 1e-9)
-    return top * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fall)))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fall))
 
 
 def round_seed(seed: int, site: str, round_number: int) -> int:
@@ -74,10 +133,43 @@ def round_seed(seed: int, site: str, round_number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{site}/{round_number}".encode()).digest()[:7], "big")
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What learns in a hospital.
+
+    Attributes:
+      model: the global encoder and this site's heads, on its own device.
+      balance: how the tasks are weighed.
+      optimisers: over both.
+    """
+
+    model: MultiTaskSwin
+    balance: TaskBalance
+    optimisers: Optimisers
+
+
+def build_learner(config: RunConfig, device: torch.device) -> Learner:
+    """The run's model with its initial weights, and what trains it."""
+    model = build_model(config.model, config.run.seed).to(device)
+    balance = TaskBalance(config.loss).to(device)
+    return Learner(model, balance, build_optimisers(model, balance, config))
+
+
+def training_inputs(cache: SliceCache, config: RunConfig, site: str) -> Inputs:
+    """A site's training slices.
+
+    Raises:
+      TrainError: there are none.
+    """
+    rows = cache.rows("train")
+    if not len(rows):
+        raise TrainError(f"site {site!r}: no training slices; see the split column of the cache's index.csv")
+    return make_inputs(cache, rows, config.model.windows(), VARIANTS[config.model.variant].image_size)
+
+
 def train_round(
-    model: MultiTaskSwin,
-    optimiser: torch.optim.Optimizer,
-    cache: SliceCache,
+    learner: Learner,
+    inputs: Inputs,
     config: RunConfig,
     *,
     site: str,
@@ -88,9 +180,8 @@ def train_round(
     """Train in place for one round.
 
     Args:
-      model: holds the global encoder and this site's heads; changed in place, on its own device.
-      optimiser: over the model's parameters; its state goes on from the last round.
-      cache: the site's slices; only the split "train" is used.
+      learner: changed in place; its optimisers' state goes on from the last round.
+      inputs: the site's training slices.
       config: the run config.
       site, round_number: with the run's seed they decide the order of slices and the augmentation; on a CPU equal
         inputs give equal bits. Rounds count from 1.
@@ -99,58 +190,71 @@ def train_round(
     Returns:
       What was done; the caller's policy decides whether it may leave.
     Raises:
-      TrainError: no training slices, or a loss that is not finite.
+      TrainError: a loss or gradient that is not finite.
     """
-    rows = cache.rows("train")
-    if not len(rows):
-        raise TrainError(f"site {site!r}: no training slices; see the split column of the cache's index.csv")
+    model, optimisers = learner.model, learner.optimisers
     device = next(model.parameters()).device
     seed = round_seed(config.run.seed, site, round_number)
     generator = torch.Generator().manual_seed(seed)
-    windows = config.model.windows()
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()} if proximal_mu else {}
-    steps_total = config.train.epochs * math.ceil(len(rows) / config.train.batch)
-    sums, steps, started = np.zeros(4), 0, time.perf_counter()
+    steps_total = config.train.epochs * math.ceil(len(inputs) / config.train.batch)
+    sums, steps, started = torch.zeros(4, dtype=torch.float64), 0, time.perf_counter()
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # stochastic depth
         for epoch in range(config.train.epochs):
-            for chosen in epoch_batches(rows, config.train.batch, generator):
-                batch = make_batch(
-                    cache, chosen, windows, model.shape.image_size, generator if config.train.augment else None
-                ).to(device)
-                done = (round_number - 1 + steps / steps_total) / config.federation.rounds
-                for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(config, done)
-                with autocast(config.train.precision, device):
-                    prediction = model(batch.image)
-                losses = slice_losses(prediction, batch)
-                total = losses.total(config.loss)
-                if not torch.isfinite(total):
+            for chosen in epoch_batches(len(inputs), config.train.batch, generator):
+                batch = make_batch(inputs, chosen, config.train.augment, generator).to(device)
+                optimisers.set_rate(
+                    rate_share(config, (round_number - 1 + steps / steps_total) / config.federation.rounds)
+                )
+                means, total, norm = train_step(learner, batch, config, anchor, proximal_mu)
+                if not torch.isfinite(total + norm):  # the step was not taken; the one place that waits for the device
                     raise TrainError(
-                        f"site {site!r}: loss is {total.item()} in round {round_number}, step {steps}; "
-                        "expected a finite number: lower train.learning_rate or set train.precision to 'fp32'"
+                        f"site {site!r}: loss is {total.item()} and the gradient's norm {norm.item()} in round {round_number}, "
+                        f"step {steps}; expected finite numbers: lower train.learning_rate and train.matrix_rate, or set "
+                        "train.precision to 'fp32'"
                     )
-                optimiser.zero_grad(set_to_none=True)
-                (total + proximal_term(model, anchor, proximal_mu)).backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or math.inf)
-                if not torch.isfinite(norm):  # before it reaches the weights and the optimiser's state
-                    raise TrainError(
-                        f"site {site!r}: the gradient's norm is {norm.item()} in round {round_number}, step {steps}; expected a "
-                        "finite number: lower train.learning_rate or set train.precision to 'fp32'"
-                    )
-                optimiser.step()
-                sums += [float(v.detach().sum()) for v in (losses.cls, losses.seg, losses.rec)] + [
-                    float(total.detach()) * len(chosen)
-                ]
+                sums += torch.cat([means, total[None]]).double().cpu() * len(chosen)
                 steps += 1
             progress(f"site {site!r} round {round_number}: epoch {epoch + 1} of {config.train.epochs}")
-    cls, seg, rec, total_sum = (float(v) for v in sums)
-    slices = config.train.epochs * len(rows)
-    return RoundReport(steps, slices, cls, seg, rec, total_sum, time.perf_counter() - started)
+    slices = config.train.epochs * len(inputs)
+    return RoundReport(steps, slices, *sums.tolist(), time.perf_counter() - started)
 
 
-def proximal_term(model: nn.Module, anchor: dict[str, Tensor], mu: float) -> Tensor | float:
+def train_step(
+    learner: Learner,
+    batch: Batch,
+    config: RunConfig,
+    anchor: Mapping[str, Tensor] = MappingProxyType({}),
+    proximal_mu: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimiser step, unless the loss or the gradient is not finite.
+
+    Args:
+      learner: changed in place.
+      batch: on the learner's device.
+      config: the run config.
+      anchor, proximal_mu: parameters that the round began with, and FedProx's mu.
+    Returns:
+      The tasks' mean losses (3,), their weighed sum and the gradient's norm; detached.
+    """
+    model, balance = learner.model, learner.balance
+    with autocast(config.train.precision, batch.image.device):
+        prediction = model(batch.image, segment=config.loss.seg > 0, reconstruct=config.loss.rec > 0)
+    losses = slice_losses(prediction, batch)
+    total = balance.total(losses)
+    learner.optimisers.zero_grad()
+    balance.prepare(losses, model.last_shared())
+    (total + proximal_term(model, anchor, proximal_mu)).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or math.inf)
+    if torch.isfinite(total + norm):  # else it would reach the weights and the optimisers' state
+        learner.optimisers.step()
+        balance.settle()
+    return losses.means().detach(), total.detach(), norm
+
+
+def proximal_term(model: nn.Module, anchor: Mapping[str, Tensor], mu: float) -> Tensor | float:
     """FedProx's mu / 2 times the squared distance from where the round began; 0 without anchor."""
     if not anchor:
         return 0.0
@@ -172,42 +276,44 @@ class LocalState:
 
     folder: Path
 
-    def save(self, model: MultiTaskSwin, optimiser: torch.optim.Optimizer, round_number: int) -> None:
-        """Write heads and optimiser state after `round_number`."""
+    def save(self, learner: Learner, round_number: int) -> None:
+        """Write heads, balance and optimisers' state after `round_number`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.")}
+        content = {
+            "heads": {n: tensor for n, tensor in learner.model.state_dict().items() if not n.startswith("encoder.")},
+            "balance": learner.balance.state_dict(),
+            "optimisers": learner.optimisers.state_dict(),
+        }
         partial = self.folder / f"{os.getpid()}.partial"
-        torch.save({"heads": heads, "optimiser": optimiser.state_dict()}, partial)
+        torch.save(content, partial)
         os.replace(partial, self._path(round_number))
         for number in self._rounds():
             if not round_number - 1 <= number <= round_number:
                 self._path(number).unlink()
 
-    def restore(
-        self, model: MultiTaskSwin, optimiser: torch.optim.Optimizer | None = None, before: int | None = None
-    ) -> int:
+    def restore(self, learner: Learner, before: int | None = None) -> int:
         """Load what the last round left.
 
         Args:
-          model: its heads are replaced.
-          optimiser: its state is replaced.
+          learner: its heads, balance and optimisers' state are replaced.
           before: only what was saved before this round counts; by default the newest.
         Returns:
-          The round it was saved after; 0 if there is none, and then the model keeps its initial heads.
+          The round it was saved after; 0 if there is none, and then the learner keeps its initial state.
         Raises:
           TrainError: the file does not fit the model.
         """
         rounds = [number for number in self._rounds() if before is None or number < before]
         if not rounds:
             return 0
+        model = learner.model
         device = next(model.parameters()).device
         try:
             saved = torch.load(self._path(rounds[-1]), weights_only=True, map_location=device)
             if saved["heads"].keys() != {name for name in model.state_dict() if not name.startswith("encoder.")}:
                 raise KeyError("other heads")
             model.load_state_dict(saved["heads"], strict=False)
-            if optimiser is not None:
-                optimiser.load_state_dict(saved["optimiser"])
+            learner.balance.load_state_dict(saved["balance"])
+            learner.optimisers.load_state_dict(saved["optimisers"])
         except (
             RuntimeError,
             ValueError,

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from server.checkpoint import FILE, read_tensors
 from server.examples import EXAMPLES, draw_examples
 from server.runs import load_tallies, read_summary, save_tally, update_summary
-from shared.batches import make_batch
+from shared.batches import read_batch
 from shared.config import RunConfig
 from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
 from shared.model import MultiTaskSwin, autocast
@@ -133,7 +133,7 @@ def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dic
     device = next(model.parameters()).device
     with torch.no_grad(), autocast(config.train.precision, device):
         for start in range(0, len(rows), PROBE_BATCH):
-            batch = make_batch(cache, rows[start : start + PROBE_BATCH], config.model.windows(), model.shape.image_size)
+            batch = read_batch(cache, rows[start : start + PROBE_BATCH], config.model.windows(), model.shape.image_size)
             features.append(model.pool(model.encode(batch.image.to(device))).float().cpu().numpy())
     scaler, regression = StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
     make_pipeline(scaler, regression).fit(np.concatenate(features), labels)

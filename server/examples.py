@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shared.batches import make_batch
+from shared.batches import read_batch
 from shared.config import RunConfig
 from shared.gradcam import grad_cam
 from shared.model import MultiTaskSwin, autocast
@@ -69,7 +69,7 @@ def _draw_row(
     line: Sequence[Axes], model: MultiTaskSwin, site: str, cache: SliceCache, row: int, config: RunConfig
 ) -> None:
     """One slice: its mask, the prediction, the reconstruction, where the classifier looks."""
-    batch = make_batch(cache, np.array([row]), config.model.windows(), model.shape.image_size)
+    batch = read_batch(cache, np.array([row]), config.model.windows(), model.shape.image_size)
     with torch.no_grad(), autocast(config.train.precision, torch.device("cpu")):
         prediction = model(batch.image)
     hematoma_YX = prediction.hematoma[0].float().sigmoid().numpy()

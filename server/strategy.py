@@ -264,7 +264,7 @@ def train_round(
             f"the last checkpoint is that of round {round_number - 1}{reasons}"
         )
     return RoundResult(
-        arrays=_server_step(strategy, round_number, mean(total), expected),
+        arrays=server_step(strategy, round_number, arrays, mean(total)),
         sites=sites,
         refused=refused,
         bytes_down=record_bytes(record),
@@ -287,14 +287,25 @@ def _read_update(
     return SiteRound(weight, sent, metrics, tally), update
 
 
-def _server_step(strategy: FedAvg, round_number: int, average: Tensors, expected: dict) -> dict:
-    """Flower's strategy applied to the mean; float32 whatever it computes in."""
+def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: Tensors) -> dict:
+    """Flower's strategy applied to the mean of a round; float32 whatever it computes in.
+
+    Args:
+      strategy: keeps its own state from round to round.
+      round_number: from 1.
+      arrays: the global tensors that the round began with.
+      average: mean of the sites' tensors.
+    """
+    if isinstance(strategy, FedAdam):
+        strategy.current_arrays = dict(arrays)
+    elif isinstance(strategy, FedAvgM):
+        strategy.current_arrays = to_record(arrays)
     content = RecordDict({"arrays": to_record(average), "metrics": MetricRecord({"weight": 1.0})})
     reply = Message(content, dst_node_id=0, message_type="train")
     with _quiet_flower():
-        arrays, _ = strategy.aggregate_train(round_number, [reply])
-    stepped = {name: array.numpy().astype("float32") for name, array in arrays.items()}
-    return from_record(to_record(stepped), expected)
+        stepped, _ = strategy.aggregate_train(round_number, [reply])
+    new = {name: array.numpy().astype("float32") for name, array in stepped.items()}
+    return from_record(to_record(new), shapes_of(arrays))
 
 
 @contextmanager

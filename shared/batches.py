@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,46 +39,98 @@ class Batch:
         return Batch(*(t.to(device) for t in (self.image, self.label, self.mask, self.has_mask)))
 
 
-def make_batch(
-    cache: SliceCache,
-    rows: NDArray[np.int64],
-    windows_hu: tuple[tuple[float, float], ...],
-    image_size: int,
-    generator: torch.Generator | None = None,
-) -> Batch:
-    """Slices of a cache as model input.
+@dataclass(frozen=True)
+class Inputs:
+    """Slices of a cache at the model's input size, before windowing and augmentation; stays where the slices are.
+
+    Attributes:
+      hu: float32 (N, 1, Y, X), clipped to 40 HU around the windows, or int16 as in the cache where no resampling is
+        needed (then memory-mapped).
+      mask: uint8 (N, 1, Y, X).
+      label: float32 (N,), 1, 0 or NaN for unknown.
+      has_mask: bool (N,).
+      windows_hu: (low, high) per channel.
+    """
+
+    hu: NDArray
+    mask: NDArray[np.uint8]
+    label: NDArray[np.float32]
+    has_mask: NDArray[np.bool_]
+    windows_hu: tuple[tuple[float, float], ...]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+_CHUNK = 64  # slices resampled at a time
+
+
+def make_inputs(
+    cache: SliceCache, rows: NDArray[np.int64], windows_hu: tuple[tuple[float, float], ...], image_size: int
+) -> Inputs:
+    """Bring slices to the model's input size, once, so that no epoch does it again.
 
     Args:
       cache: where from.
-      rows: row numbers (B,).
+      rows: row numbers (N,).
       windows_hu: (low, high) per channel.
-      image_size: side of the model's input in pixels; a smaller one than 224 is resampled with antialiasing.
-      generator: draws the augmentation; None leaves slices as they are.
+      image_size: side of the model's input in pixels; a smaller one than 224 is resampled with antialiasing and held
+        in memory, 5 bytes a pixel.
     """
-    hu_BCYX = torch.from_numpy(cache.hu[rows].astype(np.float32))[:, None]
-    mask_BCYX = torch.from_numpy(cache.masks[rows].astype(np.float32))[:, None]
-    if image_size != SIDE_PX:
-        size = (image_size, image_size)
-        # Air and bone are clipped first: averaged in, they would hide what lies beside them.
-        hu_BCYX = hu_BCYX.clamp(min(low for low, _ in windows_hu) - 40, max(high for _, high in windows_hu) + 40)
-        hu_BCYX = functional.interpolate(hu_BCYX, size, mode="bilinear", antialias=True)
-        mask_BCYX = functional.interpolate(mask_BCYX, size, mode="bilinear", antialias=True)
-    if generator is not None:
-        hu_BCYX, mask_BCYX = augment(hu_BCYX, mask_BCYX, generator)
-    image = torch.cat([((hu_BCYX - low) / (high - low)).clamp(0, 1) for low, high in windows_hu], dim=1)
+    label, has_mask = cache.label[rows], cache.has_mask[rows]
+    if image_size == SIDE_PX:
+        every = len(rows) == len(cache.label)
+        hu, mask = (cache.hu, cache.masks) if every else (cache.hu[rows], cache.masks[rows])
+        return Inputs(hu[:, None], mask[:, None], label, has_mask, windows_hu)
+    hu = np.empty((len(rows), 1, image_size, image_size), np.float32)
+    mask = np.empty(hu.shape, np.uint8)
+    # Air and bone are clipped first: averaged in, they would hide what lies beside them.
+    low, high = min(low for low, _ in windows_hu) - 40, max(high for _, high in windows_hu) + 40
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        fine_BCYX = torch.from_numpy(cache.hu[rows[part]].astype(np.float32))[:, None].clamp(low, high)
+        hu[part] = functional.interpolate(fine_BCYX, (image_size, image_size), mode="bilinear", antialias=True).numpy()
+        fine_BCYX = torch.from_numpy(cache.masks[rows[part]].astype(np.float32))[:, None]
+        share_BCYX = functional.interpolate(fine_BCYX, (image_size, image_size), mode="bilinear", antialias=True)
+        mask[part] = (share_BCYX > 0.5).numpy()
+    return Inputs(hu, mask, label, has_mask, windows_hu)
+
+
+def make_batch(
+    inputs: Inputs, chosen: NDArray[np.int64], augmentation: str = "none", generator: torch.Generator | None = None
+) -> Batch:
+    """Slices as model input.
+
+    Args:
+      inputs: where from.
+      chosen: numbers (B,) within `inputs`.
+      augmentation: as train.augment in the run config.
+      generator: draws the augmentation.
+    """
+    hu_BCYX = torch.from_numpy(inputs.hu[chosen].astype(np.float32, copy=False))
+    mask_BCYX = torch.from_numpy(inputs.mask[chosen].astype(np.float32))
+    if augmentation != "none":
+        hu_BCYX, mask_BCYX = turn(hu_BCYX, mask_BCYX, generator)
+    if augmentation == "scanner":
+        hu_BCYX = rescan(hu_BCYX, generator)
+    image = torch.cat([((hu_BCYX - low) / (high - low)).clamp(0, 1) for low, high in inputs.windows_hu], dim=1)
     return Batch(
         image=image,
-        label=torch.from_numpy(cache.label[rows]),
+        label=torch.from_numpy(inputs.label[chosen]),
         mask=(mask_BCYX[:, 0] > 0.5).float(),
-        has_mask=torch.from_numpy(cache.has_mask[rows]),
+        has_mask=torch.from_numpy(inputs.has_mask[chosen]),
     )
 
 
-def augment(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What may differ between scanners and poses without changing the label.
+def read_batch(
+    cache: SliceCache, rows: NDArray[np.int64], windows_hu: tuple[tuple[float, float], ...], image_size: int
+) -> Batch:
+    """Slices of a cache as model input, as they are; arguments as for make_inputs."""
+    return make_batch(make_inputs(cache, rows, windows_hu, image_size), np.arange(len(rows)))
 
-    Left-right flip, rotation up to 20 degrees, scale 0.9 to 1.1, shift up to 6 % of the side; then a calibration
-    error (SD 3 HU), gain (SD 5 %) and noise (up to 3 HU), each drawn per slice.
+
+def turn(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Another pose: left-right flip, rotation up to 20 degrees, scale 0.9 to 1.1, shift up to 6 % of the side, per slice.
 
     Args:
       hu_BCYX: float32 HU.
@@ -85,30 +138,47 @@ def augment(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> t
     Returns:
       New tensors of the same shapes.
     """
-    B = len(hu_BCYX)
-
-    def draw(low: float, high: float) -> Tensor:
-        return torch.rand(B, generator=generator) * (high - low) + low
-
+    draw = partial(_draw, len(hu_BCYX), generator)
     angle, scale = draw(-20, 20).deg2rad(), draw(0.9, 1.1)
     flip = torch.where(draw(0, 1) < 0.5, -1.0, 1.0)
     rows_x = torch.stack([flip * scale * angle.cos(), -scale * angle.sin(), draw(-0.12, 0.12)], dim=1)
     rows_y = torch.stack([flip * scale * angle.sin(), scale * angle.cos(), draw(-0.12, 0.12)], dim=1)
     grid = functional.affine_grid(torch.stack([rows_x, rows_y], dim=1), list(hu_BCYX.shape), align_corners=False)
     hu_BCYX = functional.grid_sample(hu_BCYX, grid, padding_mode="border", align_corners=False)
-    mask_BCYX = functional.grid_sample(mask_BCYX, grid, align_corners=False)
-
-    def per_slice(values: Tensor) -> Tensor:
-        return values[:, None, None, None]
-
-    gain = 1 + 0.05 * torch.randn(B, generator=generator)
-    offset = 3 * torch.randn(B, generator=generator)
-    noise = torch.randn(hu_BCYX.shape, generator=generator) * per_slice(draw(0, 3))
-    return hu_BCYX * per_slice(gain) + per_slice(offset) + noise, mask_BCYX
+    return hu_BCYX, functional.grid_sample(mask_BCYX, grid, align_corners=False)
 
 
-def epoch_batches(rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
-    """The rows in random order, in batches of at most `size`; each row exactly once."""
-    order = torch.randperm(len(rows), generator=generator).numpy()
-    for start in range(0, len(rows), size):
-        yield rows[np.sort(order[start : start + size])]
+def rescan(hu_BCYX: Tensor, generator: torch.Generator) -> Tensor:
+    """Another scanner: kernel, cupping, calibration, gain and noise, each drawn per slice; the label stays.
+
+    The kernel blurs or sharpens (half a pixel's neighbourhood either way), cupping raises or lowers the rim of the
+    picture by up to 6 HU, calibration is off by 5 HU (SD), gain by 5 % (SD), noise has up to 3 HU (SD).
+
+    Returns:
+      A new tensor of the same shape.
+    """
+    B, _, Y, X = hu_BCYX.shape
+
+    def draw(low: float, high: float) -> Tensor:
+        return _draw(B, generator, low, high)[:, None, None, None]
+
+    smooth_BCYX = functional.avg_pool2d(functional.pad(hu_BCYX, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    hu_BCYX = hu_BCYX + draw(-0.5, 0.5) * (smooth_BCYX - hu_BCYX)
+    y, x = torch.linspace(-1, 1, Y)[:, None], torch.linspace(-1, 1, X)
+    hu_BCYX = hu_BCYX + draw(-6, 6) * (y.square() + x.square())
+    gain = 1 + 0.05 * torch.randn((B, 1, 1, 1), generator=generator)
+    offset = 5 * torch.randn((B, 1, 1, 1), generator=generator)
+    noise = torch.randn(hu_BCYX.shape, generator=generator) * draw(0, 3)
+    return hu_BCYX * gain + offset + noise
+
+
+def _draw(count: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    """Uniform numbers (count,)."""
+    return torch.rand(count, generator=generator) * (high - low) + low
+
+
+def epoch_batches(count: int, size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    """The numbers below `count` in random order, in batches of at most `size`; each exactly once."""
+    order = torch.randperm(count, generator=generator).numpy()
+    for start in range(0, count, size):
+        yield np.sort(order[start : start + size])

@@ -67,11 +67,18 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the three tasks; the paper's are 0.3, 0.4, 0.4 (arXiv:2505.06185, equation 1)."""
+    """How the three tasks are weighed.
+
+    Attributes:
+      cls, seg, rec: weights; the paper's are 0.3, 0.4, 0.4 (arXiv:2505.06185, equation 1). A task of weight 0 is left
+        out, its decoder is not computed.
+      weighting: "fixed" keeps them; "uncertainty" and "gradnorm" begin with them and learn on, see shared/losses.py.
+    """
 
     cls: float = 0.3
     seg: float = 0.4
     rec: float = 0.4
+    weighting: str = "fixed"
 
 
 @dataclass(frozen=True)
@@ -81,21 +88,26 @@ class TrainSettings:
     Attributes:
       epochs: passes over the hospital's training slices in one round.
       batch: slices per step.
-      learning_rate: at its highest, after the warm-up.
-      weight_decay: AdamW's, on matrices only.
+      optimiser: "muon" steps matrices by Muon and the rest by AdamW, "adamw" all by AdamW.
+      learning_rate: AdamW's at its highest, after the warm-up.
+      matrix_rate: Muon's at its highest.
+      weight_decay: on matrices only.
       warmup: share of the whole federation's training during which the rate rises.
       clip_norm: largest gradient norm of a step; 0 switches clipping off.
-      augment: random flips, rotation, scale, shift, calibration error and noise.
+      augment: "none"; "pose" is random flips, rotation, scale and shift; "scanner" adds what scanners differ in:
+        calibration, gain, noise, kernel and cupping.
       precision: "auto" takes bfloat16 where the machine is faster with it; "bf16" or "fp32" forces one.
     """
 
     epochs: int = 2
     batch: int = 16
-    learning_rate: float = 5e-4
+    optimiser: str = "muon"
+    learning_rate: float = 1e-3
+    matrix_rate: float = 0.02
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip_norm: float = 1.0
-    augment: bool = True
+    augment: str = "scanner"
     precision: str = "auto"
 
 
@@ -149,7 +161,10 @@ class SimulationSettings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "model.variant": ("default", "tiny", "demo"),
+    "model.variant": ("default", "tiny", "demo", "demo-deep"),
+    "loss.weighting": ("fixed", "uncertainty", "gradnorm"),
+    "train.optimiser": ("muon", "adamw"),
+    "train.augment": ("none", "pose", "scanner"),
     "train.precision": ("auto", "bf16", "fp32"),
     "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),
     "federation.share": ("encoder", "all"),
@@ -171,7 +186,12 @@ _LEAST: dict[str, float] = {
     "federation.server_momentum": 0,
     "evaluation.replicates": 100,
 }
-_ABOVE_ZERO = ("train.learning_rate", "federation.round_timeout_s", "federation.server_learning_rate")
+_ABOVE_ZERO = (
+    "train.learning_rate",
+    "train.matrix_rate",
+    "federation.round_timeout_s",
+    "federation.server_learning_rate",
+)
 
 
 @dataclass(frozen=True)

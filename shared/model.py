@@ -41,11 +41,15 @@ class ModelShape:
     decoder_depth: int = 2
 
 
-# "default" and "tiny" are the two encoders of the paper; "demo" is what two CPU cores train in minutes.
+# "default" and "tiny" are the two encoders of the paper; "demo" and "demo-deep"
+# are the same in small, for two CPU cores.
 VARIANTS = {
     "default": ModelShape(),
     "tiny": ModelShape(depths=(2, 2, 6, 2)),
     "demo": ModelShape(channels=16, heads=(1, 2, 4, 8), image_size=96, window_size=6, drop_path=0.0, decoder_depth=1),
+    "demo-deep": ModelShape(
+        (2, 2, 6, 2), channels=16, heads=(1, 2, 4, 8), image_size=96, window_size=6, drop_path=0.0, decoder_depth=1
+    ),
 }
 
 
@@ -55,13 +59,13 @@ class Prediction:
 
     Attributes:
       hypodensity: logit per slice, float (B,).
-      hematoma: logit per pixel, float (B, Y, X).
-      reconstruction: slice in the input's windowed units, float (B, C, Y, X).
+      hematoma: logit per pixel, float (B, Y, X); None if it was not asked for.
+      reconstruction: slice in the input's windowed units, float (B, C, Y, X); None if it was not asked for.
     """
 
     hypodensity: Tensor
-    hematoma: Tensor
-    reconstruction: Tensor
+    hematoma: Tensor | None
+    reconstruction: Tensor | None
 
 
 class PatchExpand(nn.Module):
@@ -73,12 +77,17 @@ class PatchExpand(nn.Module):
         self.expand = nn.Linear(dim, scale * scale * out_dim, bias=False)
         self.norm = nn.LayerNorm(out_dim)
 
-    def forward(self, x_BYXD: Tensor) -> Tensor:
-        """(B, Y, X, D) to (B, scale Y, scale X, D_out)."""
+    def forward(self, x_BYXD: Tensor, then: nn.Module | None = None) -> Tensor:
+        """(B, Y, X, D) to (B, scale Y, scale X, D_out); with `then`, a layer on single tokens, to its output.
+
+        Norm and `then` see tokens where they are, and what comes out is put in its place: the same numbers, and at full
+        resolution a copy of one channel in place of 96.
+        """
         B, Y, X, _ = x_BYXD.shape
         s = self.scale
-        x = self.expand(x_BYXD).view(B, Y, X, s, s, -1)
-        return self.norm(x.permute(0, 1, 3, 2, 4, 5).reshape(B, s * Y, s * X, -1))
+        x = self.norm(self.expand(x_BYXD).view(B, Y, X, s, s, -1))
+        x = x if then is None else then(x)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(B, s * Y, s * X, -1)
 
 
 class Decoder(nn.Module):
@@ -130,7 +139,7 @@ class Decoder(nn.Module):
         x_BYXD = stages[3]
         for expand, fuse, blocks, skip in zip(self.expands, self.fuses, self.stages, stages[2::-1], strict=True):
             x_BYXD = blocks(fuse(torch.cat([expand(x_BYXD), skip], dim=-1)))
-        return self.output(self.final(self.norm(x_BYXD))).permute(0, 3, 1, 2)
+        return self.final(self.norm(x_BYXD), then=self.output).permute(0, 3, 1, 2)
 
 
 class MultiTaskSwin(nn.Module):
@@ -162,14 +171,18 @@ class MultiTaskSwin(nn.Module):
         self.seg = Decoder(shape, out_channels=1)
         self.rec = Decoder(shape, out_channels=in_channels)
 
-    def forward(self, image_BCYX: Tensor) -> Prediction:
-        """All three tasks from one pass of the encoder."""
+    def forward(self, image_BCYX: Tensor, segment: bool = True, reconstruct: bool = True) -> Prediction:
+        """All three tasks, or those that are asked for, from one pass of the encoder."""
         stages = self.encode(image_BCYX)
         return Prediction(
             hypodensity=self.classify(stages),
-            hematoma=self.seg(stages)[:, 0],
-            reconstruction=self.rec(stages),
+            hematoma=self.seg(stages)[:, 0] if segment else None,
+            reconstruction=self.rec(stages) if reconstruct else None,
         )
+
+    def last_shared(self) -> Tensor:
+        """A weight of the last layer that all tasks share; where GradNorm compares their gradients."""
+        return self.encoder.layers[-1].blocks[-1].mlp.fc2.weight
 
     def encode(self, image_BCYX: Tensor) -> list[Tensor]:
         """The encoder's four stages, (B, Y, X, D) each, finest first, before the final norm."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.batches import make_batch
+from shared.batches import read_batch
 from shared.config import ModelSettings
 from shared.losses import dice_score
 from shared.metrics import Scores
@@ -64,7 +64,7 @@ def score_slices(
     segments = not heads or all(any(name.startswith("seg.") for name in state) for state in heads)
     logits, dices = [], []
     for start in range(0, len(rows), BATCH):
-        batch = make_batch(cache, rows[start : start + BATCH], settings.windows(), model.shape.image_size).to(device)
+        batch = read_batch(cache, rows[start : start + BATCH], settings.windows(), model.shape.image_size).to(device)
         with autocast(precision, device):
             stages = model.encode(batch.image)
         probability = torch.zeros(len(batch.label), device=device)

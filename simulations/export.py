@@ -7,6 +7,7 @@ Shape suffixes: N slice, Y row, X column.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import highdicom
 import numpy as np
@@ -24,7 +25,7 @@ from pydicom.uid import (
 )
 
 from simulations.hospitals import Hospital
-from simulations.phantom import Slice
+from simulations.phantom import MATRIX, Scanner, Slice
 
 _DATE, _TIME = "20240101", "120000"
 TRANSFER_SYNTAXES = {
@@ -43,15 +44,38 @@ def uid(*parts: object) -> str:
     return UID(f"2.25.{int.from_bytes(digest[:16], 'big')}")
 
 
+@dataclass(frozen=True)
+class SlicePlace:
+    """Where a slice lies, as decimal strings of a DICOM file (PS3.3 C.7.6.2.1.1).
+
+    Attributes:
+      position_mm: centre of the first pixel.
+      column_direction: unit vector down a column; rows run along x.
+      spacing_mm: of rows and of columns.
+    """
+
+    position_mm: tuple[str, str, str]
+    column_direction: tuple[str, str, str]
+    spacing_mm: str
+
+
+def slice_place(scanner: Scanner, z_mm: float) -> SlicePlace:
+    """A slice whose centre lies on the table's axis at z and whose rows follow the gantry's tilt."""
+    tilt = np.deg2rad(scanner.tilt_degree)
+    step = scanner.field_of_view_mm / MATRIX
+    first = (step - scanner.field_of_view_mm) / 2
+    corner = np.array([first, 0.0, z_mm]) + first * np.array([0.0, np.cos(tilt), np.sin(tilt)])
+    return SlicePlace(
+        position_mm=tuple(f"{v:.4f}" for v in corner),
+        column_direction=("0", f"{np.cos(tilt):.8f}", f"{np.sin(tilt):.8f}"),
+        spacing_mm=f"{step:.6f}",
+    )
+
+
 def ct_image(hospital: Hospital, seed: int, number: int, index: int, z_mm: float, rendered: Slice) -> Dataset:
     """One CT image (PS3.3 A.3), encoded in the hospital's transfer syntax."""
     scanner = hospital.scanner
-    tilt = np.deg2rad(scanner.tilt_degree)
-    step = scanner.field_of_view_mm / rendered.hu_YX.shape[0]
-    first = (step - scanner.field_of_view_mm) / 2
-    down = np.array([0.0, np.cos(tilt), np.sin(tilt)])
-    # The slice's centre lies on the table's axis at z; its rows follow the gantry's tilt.
-    corner = np.array([first, 0.0, z_mm]) + first * down
+    place = slice_place(scanner, z_mm)
     intercept = 0 if hospital.signed else -1024
     signed = hospital.signed or (scanner.padding_hu or 0) < intercept
     stored = rendered.hu_YX.astype(np.int32) - intercept
@@ -87,12 +111,12 @@ def ct_image(hospital: Hospital, seed: int, number: int, index: int, z_mm: float
     ds.AcquisitionNumber = 1
     ds.InstanceNumber = hospital.slices - index  # head to feet, as scanners number; the reader must not rely on it
     ds.PositionReferenceIndicator = ""
-    ds.ImagePositionPatient = [f"{v:.4f}" for v in corner]
-    ds.ImageOrientationPatient = ["1", "0", "0", "0", f"{np.cos(tilt):.8f}", f"{np.sin(tilt):.8f}"]
+    ds.ImagePositionPatient = list(place.position_mm)
+    ds.ImageOrientationPatient = ["1", "0", "0", *place.column_direction]
     ds.SamplesPerPixel = 1
     ds.PhotometricInterpretation = "MONOCHROME2"
     ds.Rows, ds.Columns = rendered.hu_YX.shape
-    ds.PixelSpacing = [f"{step:.6f}", f"{step:.6f}"]
+    ds.PixelSpacing = [place.spacing_mm] * 2
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.PixelRepresentation = int(signed)
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = intercept, 1, "HU"

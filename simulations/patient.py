@@ -13,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIGNS = ("plain", "notch", "blend", "fluid-level")
+_SIGN_SHARES = (0.4, 0.3, 0.3)  # of the look-alikes: notch, blend sign, fluid level
+
+# Background features that can be planted to go with the marker; what each does stands in `with_feature` of phantom.py.
+FEATURES = ("skull", "holder", "corner", "field-of-view")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Cohort:
       lesion_radius_mm: mean radius of the hematoma.
       lobar: share of lobar (not deep) hematomas.
       pose_degree: standard deviation of the head's rotation in plane.
+      lookalikes: share of patients without the marker who show a sign that resembles it.
+      feature: one of FEATURES, planted in some patients; "" for none.
+      rho: correlation of the feature with the marker over patients, in [-1, 1]; 0 plants it in half of them by chance.
     """
 
     prevalence: float = 0.5
@@ -32,6 +39,9 @@ class Cohort:
     lesion_radius_mm: float = 19.0
     lobar: float = 0.35
     pose_degree: float = 4.0
+    lookalikes: float = 0.5
+    feature: str = ""
+    rho: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Patient:
       hypodensities: the marker; none in a negative patient.
       notch: the blob that is open to the surface, for sign "notch".
       plane: unit normal of the blend sign's border, in plane.
+      feature, feature_on: the planted feature, and whether this patient has it.
       waves: (K, 5) random waves (wave vector in 1/radius, phase, amplitude) for outline and texture.
     """
 
@@ -82,6 +93,8 @@ class Patient:
     hypodensities: tuple[Blob, ...]
     notch: Blob
     plane: tuple[float, float]
+    feature: str
+    feature_on: bool
     waves: NDArray[np.float64]
 
 
@@ -98,6 +111,7 @@ def sample_patient(rng: np.random.Generator, cohort: Cohort) -> Patient:
     centre_y = rng.uniform(-0.35, 0.45) * (half_length - 14.0 - reach) if lobar else rng.uniform(-12, 14)
     angle = rng.uniform(0, 2 * np.pi)
     marker = rng.random() < cohort.prevalence
+    chance = rng.spawn(1)[0].random()  # of its own: the patient is the same with and without a planted feature
     direction = rng.uniform(0, 2 * np.pi)
     return Patient(
         half_width_mm=half_width,
@@ -114,23 +128,30 @@ def sample_patient(rng: np.random.Generator, cohort: Cohort) -> Patient:
         lesion_hu=rng.uniform(56, 68),
         edema_mm=rng.uniform(0, 7),
         edema_hu=rng.uniform(18, 25),
-        sign="plain" if marker else str(rng.choice(SIGNS, p=[0.5, 0.2, 0.15, 0.15])),
-        drop_hu=rng.uniform(24, 36),
+        sign="plain" if marker else str(rng.choice(SIGNS, p=_sign_shares(cohort.lookalikes))),
+        drop_hu=rng.uniform(18, 34),
         hypodensities=_sample_hypodensities(rng, radii) if marker else (),
         notch=Blob(
             centre=(0.9 * np.cos(direction), 0.9 * np.sin(direction), float(rng.uniform(-0.2, 0.2))),
             radii=tuple(float(r) for r in rng.uniform(0.25, 0.45, 3)),
         ),
         plane=(float(np.cos(direction)), float(np.sin(direction))),
+        feature=cohort.feature,
+        feature_on=bool(chance < (1 + cohort.rho * (1 if marker else -1)) / 2),
         waves=np.column_stack([rng.normal(0, 3.0, (24, 3)), rng.uniform(0, 2 * np.pi, 24), rng.normal(0, 1, 24)]),
     )
+
+
+def _sign_shares(lookalikes: float) -> list[float]:
+    """Probability of each of SIGNS in a patient without the marker."""
+    return [1 - lookalikes, *(lookalikes * share for share in _SIGN_SHARES)]
 
 
 def _sample_hypodensities(rng: np.random.Generator, lesion_radii_mm: tuple[float, ...]) -> tuple[Blob, ...]:
     """One to three blobs that stay clear of the hematoma's surface."""
     blobs = []
     for _ in range(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])):
-        radii = np.clip(rng.uniform(4.5, 9.5, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.18, 0.5)
+        radii = np.clip(rng.uniform(6.0, 11.0, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.22, 0.55)
         centre = rng.normal(0, 1, 3) * [1, 1, 0.8]
         room = max(0.78 - radii.max(), 0.05)
         centre *= room * rng.random() ** 0.5 / np.linalg.norm(centre)

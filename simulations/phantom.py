@@ -14,22 +14,24 @@ Shape suffixes: Y row, X column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from simulations.patient import Blob, Patient
+from simulations.patient import FEATURES, Blob, Patient
 
 Array = NDArray[np.float32]
 
 MATRIX = 512  # pixels of a slice's side
 _RENDER = 256  # anatomy is drawn at half resolution: every scanner's blur is wider than a drawn pixel
-_SUBPLANES = 4  # planes averaged over the slice thickness (partial volume)
+_SUBPLANES = 4  # planes of the hematoma averaged over the slice thickness (partial volume)
+_HEAD_PLANES = (-0.5 / 3**0.5, 0.5 / 3**0.5)  # of the head, in thicknesses: Gauss-Legendre of order 2
 
 AIR_HU, FAT_HU, SKIN_HU, WHITE_HU, GREY_HU, CSF_HU = -1000.0, -95.0, 35.0, 28.0, 37.0, 5.0
 
+_ROLL_OFF = 1.25  # how fast noise falls beyond its peak
 AIR_NOISE = 2.6  # air is noisier than tissue by this factor, through scatter and streaks
 
 # A slice is called positive once the hypodensity is as large as a reader can name, and left without a
@@ -40,33 +42,65 @@ SUSPECT_AREA_MM2 = 3.0
 
 @dataclass(frozen=True)
 class Scanner:
-    """How one hospital's scanner sees a head.
+    """How one hospital's scanner sees a head; each field is one named cause of shift between hospitals.
 
     Attributes:
-      field_of_view_mm: side of the reconstructed square.
-      thickness_mm: slice thickness, also averaged over.
+      dose: tube current, 1 is the standard; noise falls with its root.
+      sharpness: the reconstruction kernel, from -1 (smooth) over 0 (standard) to 1 (sharp).
+      thickness_mm: slice thickness, averaged over; noise falls with its root.
       spacing_mm: distance of neighbouring slices.
-      noise_hu: standard deviation in uniform tissue.
-      noise_peak_per_mm: spatial frequency at which the noise power peaks (the kernel).
-      blur_mm: standard deviation of the in-plane point spread function (the kernel).
       offset_hu: calibration error, added everywhere inside the head.
       cupping_hu: rise of soft tissue towards the skull (beam hardening).
-      holder_hu: brightness of the head holder; 0 leaves it away.
+      field_of_view_mm: side of the reconstructed square.
       tilt_degree: gantry tilt, about the x axis.
+      holder_hu: brightness of the head holder; 0 leaves it away.
+      corner_hu: brightness of a square marker beside the head; 0 leaves it away.
       padding_hu: value outside the circular field of view, or None for a square one.
     """
 
-    field_of_view_mm: float = 230.0
+    dose: float = 1.0
+    sharpness: float = 0.0
     thickness_mm: float = 5.0
     spacing_mm: float = 5.0
-    noise_hu: float = 2.8
-    noise_peak_per_mm: float = 0.2
-    blur_mm: float = 0.65
     offset_hu: float = 0.0
     cupping_hu: float = 6.0
-    holder_hu: float = 150.0
+    field_of_view_mm: float = 230.0
     tilt_degree: float = 0.0
+    holder_hu: float = 150.0
+    corner_hu: float = 0.0
     padding_hu: float | None = None
+
+    @property
+    def noise_hu(self) -> float:
+        """Standard deviation in uniform tissue: falls with the root of dose and thickness, rises with sharpness."""
+        return 2.8 * (5.0 / self.thickness_mm / self.dose) ** 0.5 * 1.35**self.sharpness
+
+    @property
+    def blur_mm(self) -> float:
+        """Standard deviation of the in-plane point spread function."""
+        return 0.48 * 0.85**self.sharpness
+
+    @property
+    def noise_peak_per_mm(self) -> float:
+        """Spatial frequency at which the noise power peaks."""
+        return 0.235 * 1.13**self.sharpness
+
+
+def with_feature(patient: Patient, scanner: Scanner) -> tuple[Patient, Scanner]:
+    """What a patient's planted feature changes: in the head, or in how it is scanned; nothing without a feature."""
+    on = patient.feature_on
+    match patient.feature:
+        case "":
+            return patient, scanner
+        case "skull":
+            return replace(patient, skull_mm=(8.4 if on else 4.8) + 0.2 * (patient.skull_mm - 6.75)), scanner
+        case "holder":
+            return patient, replace(scanner, holder_hu=600.0 if on else 60.0)
+        case "corner":
+            return patient, replace(scanner, corner_hu=300.0 if on else 0.0)
+        case "field-of-view":
+            return patient, replace(scanner, field_of_view_mm=250.0 if on else 215.0)
+    raise ValueError(f"planted feature {patient.feature!r}, expected one of {', '.join(FEATURES)}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +129,7 @@ def render_slice(patient: Patient, scanner: Scanner, z_mm: float, rng: np.random
     """One slice at height z of the scanner's table, through the patient as it lies there.
 
     Args:
-      patient: the head.
-      scanner: what looks at it.
+      patient: the head, and scanner: what looks at it, both as with_feature returns them.
       z_mm: position of the slice's centre.
       rng: the slice's noise.
     Returns:
@@ -109,12 +142,16 @@ def render_slice(patient: Patient, scanner: Scanner, z_mm: float, rng: np.random
     head_y = -np.sin(angle) * (x_YX - shift_x) + np.cos(angle) * (y_YX - shift_y)
     head_z = z_mm + np.tan(np.deg2rad(scanner.tilt_degree)) * head_y
 
-    hu_YX, brain_YX, depth_YX = _head(patient, head_x, head_y, head_z)
+    planes = [_head(patient, head_x, head_y, head_z + share * scanner.thickness_mm) for share in _HEAD_PLANES]
+    hu_YX, brain_YX, depth_YX = (sum(parts) / len(parts) for parts in zip(*planes, strict=True))
     hu_YX += brain_YX * scanner.cupping_hu * np.exp(-depth_YX / 9.0)
     hu_YX, clot_YX, dark_YX = _hematoma(patient, scanner, hu_YX, head_x, head_y, head_z)
     hu_YX += scanner.offset_hu * (hu_YX > -500)
     if scanner.holder_hu:
         hu_YX = _add_holder(hu_YX, patient, scanner.holder_hu, x_YX, y_YX)
+    if scanner.corner_hu:
+        square_YX = (np.abs(x_YX - shift_x - 92) < 5) & (np.abs(y_YX - shift_y + 92) < 5)  # lies on the head's holder
+        hu_YX = np.where(square_YX, np.float32(scanner.corner_hu), hu_YX)
 
     hu_YX = ndimage.zoom(hu_YX, MATRIX // _RENDER, order=1, grid_mode=True, mode="nearest")
     hu_YX = _blur_and_noise(hu_YX, scanner, rng)
@@ -291,7 +328,8 @@ def _blur_and_noise(hu: Array, scanner: Scanner, rng: np.random.Generator) -> Ar
     f = np.hypot(fy, fx)
     transfer = np.exp(-2 * (np.pi * scanner.blur_mm * f) ** 2)
     peak = scanner.noise_peak_per_mm
-    amplitude = (f / peak) * np.exp(-f / peak)  # its square, the power, has its maximum at the peak
+    # Its square, the power, has its maximum at the peak; the exponent gives the autocorrelation of real kernels.
+    amplitude = (f / peak) * np.exp(-((f / peak) ** _ROLL_OFF) / _ROLL_OFF)
     white = fft.rfft2(rng.standard_normal((MATRIX, MATRIX), dtype=np.float32))
     noise = fft.irfft2(white * amplitude, s=hu.shape)
     blurred = fft.irfft2(fft.rfft2(hu) * transfer, s=hu.shape)

@@ -1,7 +1,7 @@
-"""hemafed-sim: the whole story in one command.
+"""hemafed-sim: the whole story in one command, and the experiments.
 
-Write the hospitals, ingest them, train through Flower, test on hospitals that never trained, print the table. Each step
-reuses what is there.
+`demo` writes the hospitals, ingests them, trains through Flower, tests on hospitals that never trained and prints the table.
+Each step reuses what is there. `run` runs experiments, `list` shows them, `table` rebuilds their tables.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ import tomli_w
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from client.ingest import IngestError, ingest
+from client.train import TrainError
 from server.cli import ERRORS, result_table
 from server.evaluate import evaluate_unseen
 from server.report import write_report
 from server.runs import new_run_name, read_config, read_summary
 from shared.config import ConfigError, parse_config
 from shared.site import SiteError, read_site
+from simulations.experiments import STORE, all_experiments, jobs, read_experiment, run_jobs
+from simulations.physics import physics_table
 from simulations.sites import write_hospitals
 from simulations.superlink import SimulationError, run_app, start_superlink
+from simulations.tables import state, write_tables
+from simulations.training import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Synthetic hospitals and studies on them.")
@@ -72,7 +78,7 @@ def sites(hospitals: Path, seed: int) -> list[Path]:
 
 
 @app.command()
-def run(
+def demo(
     hospitals: Folder = Path("hospitals"),
     runs: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
     preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT / "simulations" / "demo.toml",
@@ -103,6 +109,47 @@ def run(
         raise typer.Exit(1) from error
     console.print(result_table(read_summary(folder)))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
+
+
+@app.command("list")
+def list_command() -> None:
+    """The experiments and how much of each is stored."""
+    page = Table("experiment", "stored", "of", "of another recipe", "question")
+    for experiment in all_experiments():
+        done, stale, wanted = state(experiment)
+        page.add_row(experiment.name, str(done), str(wanted), str(stale or ""), experiment.question)
+    console.print(page)
+
+
+@app.command("run")
+def run_command(
+    names: Annotated[list[str], typer.Argument(help="experiments as `list` shows them, or 'all'")],
+    seeds: Annotated[str, typer.Option(help="only these, such as 0,1")] = "",
+    store: Annotated[Path, typer.Option(help="drawn hospitals and trained models; safe to delete")] = STORE,
+    workers: Annotated[int | None, typer.Option(help="processes; by default one per core")] = None,
+) -> None:
+    """Run experiments: what is stored is left alone, what was stopped goes on; then rebuild the tables."""
+    try:
+        chosen = all_experiments() if names == ["all"] else [read_experiment(name) for name in names]
+        only = {int(seed) for seed in seeds.split(",")} if seeds else None
+        wanted = [job for e in chosen for job in jobs(e) if only is None or job.seed in only]
+        run_jobs(wanted, store, workers, lambda line: console.print(line, highlight=False))
+    except (StudyError, TrainError, ValueError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(f"tables: {write_tables()}", highlight=False)
+
+
+@app.command("table")
+def table_command() -> None:
+    """Rebuild EXPERIMENTS.md and the heads of the experiments' files from the stored results."""
+    console.print(f"tables: {write_tables()}", highlight=False)
+
+
+@app.command("physics")
+def physics_command(patients: Annotated[int, typer.Option(help="synthetic patients measured per kernel")] = 8) -> None:
+    """Measure the synthetic scans beside the ranges found on real ones."""
+    console.print(physics_table(patients, said=lambda line: console.print(line, highlight=False)))
 
 
 def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> dict:

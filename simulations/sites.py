@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from shared.site import SiteError
 from simulations.export import ct_image, segmentation, uid
 from simulations.hospitals import HOSPITALS, Hospital
 from simulations.patient import sample_patient
-from simulations.phantom import render_slice
+from simulations.phantom import render_slice, with_feature
 
 MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
-VERSION = 3  # of what is written; a folder of another version is written anew
+VERSION = 8  # of what is written; a folder of another version is written anew
 
 
 def write_hospitals(
@@ -77,14 +77,15 @@ def _write_patient(job: tuple[Path, Hospital, int, int]) -> list[tuple[str, str,
     """One patient's series and mask; returns label rows (series, image, label)."""
     folder, hospital, seed, number = job
     rng = np.random.default_rng([seed, hospital.number, number])
-    patient = sample_patient(rng, hospital.cohort)
+    patient, scanner = with_feature(sample_patient(rng, hospital.cohort), hospital.scanner)
+    hospital = replace(hospital, scanner=scanner)
     series_uid = uid(seed, hospital.name, number, "series")
     place = folder / "dicom" / f"{hashlib.sha256(series_uid.encode()).hexdigest()[:8]}"
     place.mkdir()
     rows, images, masks = [], [], []
     for index in range(hospital.slices):
-        z_mm = patient.lesion_centre_mm[2] + (index - (hospital.slices - 1) / 2) * hospital.scanner.spacing_mm
-        rendered = render_slice(patient, hospital.scanner, z_mm, rng)
+        z_mm = hospital.height_mm(patient, index)
+        rendered = render_slice(patient, scanner, z_mm, rng)
         image = ct_image(hospital, seed, number, index, z_mm, rendered)
         image.save_as(place / f"IM{index:04d}", enforce_file_format=True)
         images.append(image)

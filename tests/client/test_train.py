@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from client.train import (
+    Learner,
     LocalState,
     RoundReport,
     TrainError,
-    build_optimiser,
-    learning_rate,
+    build_learner,
     proximal_term,
+    rate_share,
     round_seed,
     train_round,
+    train_step,
+    training_inputs,
 )
+from shared.batches import make_batch
 from shared.config import ModelSettings, RunConfig, parse_config
-from shared.model import MultiTaskSwin
 from shared.scoring import build_model
 from shared.slices import SliceCache
 from tests.conftest import SmallHospitals, small_config
@@ -42,20 +46,23 @@ def changed(**keys: object) -> RunConfig:
     return parse_config(small_config(**keys))
 
 
-def fresh(config: RunConfig) -> tuple[MultiTaskSwin, torch.optim.AdamW]:
-    model = build_model(config.model, config.run.seed)
-    return model, build_optimiser(model, config)
+def fresh(config: RunConfig) -> Learner:
+    return build_learner(config, torch.device("cpu"))
+
+
+def train_one_round(
+    learner: Learner, cache: SliceCache, config: RunConfig, site: str = "a", round_number: int = 1, **more: object
+) -> RoundReport:
+    inputs = training_inputs(cache, config, site)
+    return train_round(learner, inputs, config, site=site, round_number=round_number, **more)
 
 
 def trained(
     cache: SliceCache, config: RunConfig, *, rounds: tuple[int, ...] = (1,), site: str = "a", mu: float = 0.0
 ) -> tuple[dict[str, Tensor], list[RoundReport]]:
-    model, optimiser = fresh(config)
-    reports = [
-        train_round(model, optimiser, cache, config, site=site, round_number=number, proximal_mu=mu)
-        for number in rounds
-    ]
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, reports
+    learner = fresh(config)
+    reports = [train_one_round(learner, cache, config, site, number, proximal_mu=mu) for number in rounds]
+    return {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}, reports
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -90,9 +97,10 @@ def test_another_seed_gives_other_weights_from_the_same_start(
     cache: SliceCache, config: RunConfig, plain: dict[str, Tensor]
 ) -> None:
     other = replace(config, run=replace(config.run, seed=5))
-    model = build_model(config.model, 0)
-    train_round(model, build_optimiser(model, other), cache, other, site="a", round_number=1)
-    assert not equal(model.state_dict(), plain)
+    learner = fresh(other)
+    learner.model.load_state_dict(build_model(config.model, 0).state_dict())
+    train_one_round(learner, cache, other)
+    assert not equal(learner.model.state_dict(), plain)
 
 
 def test_the_callers_random_state_is_left_alone(cache: SliceCache, config: RunConfig) -> None:
@@ -122,36 +130,136 @@ def test_round_seed_depends_on_all_of_its_parts() -> None:
     ],
 )
 def test_learning_rate_warms_up_and_falls(progress: float, share: float) -> None:
-    config = changed(train__learning_rate=2e-3, train__warmup=0.1)
-    assert learning_rate(config, progress) == pytest.approx(2e-3 * share)
+    assert rate_share(changed(train__warmup=0.1), progress) == pytest.approx(share)
 
 
 def test_learning_rate_without_warmup_starts_at_the_top() -> None:
-    assert learning_rate(changed(train__learning_rate=1e-3, train__warmup=0.0), 0.0) == pytest.approx(1e-3)
+    assert rate_share(changed(train__warmup=0.0), 0.0) == pytest.approx(1.0)
 
 
 def test_the_rate_falls_over_the_whole_federation_not_over_a_round(cache: SliceCache) -> None:
-    config = changed(train__warmup=0.0, federation__rounds=4)
-    model, optimiser = fresh(config)
-    train_round(model, optimiser, cache, config, site="a", round_number=3)
+    config = changed(train__warmup=0.0, federation__rounds=4, train__learning_rate=2e-3, train__matrix_rate=0.01)
+    learner = fresh(config)
+    train_one_round(learner, cache, config, round_number=3)
     # Two steps a round, so the last one began at (3 - 1 + 1/2) / 4 of the federation.
-    assert {group["lr"] for group in optimiser.param_groups} == {learning_rate(config, 2.5 / 4)}
+    rates = {group["lr"] for part in learner.optimisers.parts for group in part.param_groups}
+    assert rates == {2e-3 * rate_share(config, 2.5 / 4), 0.01 * rate_share(config, 2.5 / 4)}
 
 
-def test_weight_decay_falls_on_matrices_alone(config: RunConfig) -> None:
-    model, optimiser = fresh(config)
-    decayed, others = optimiser.param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    in_decayed = {names[id(p)] for p in decayed["params"]}
-    in_others = {names[id(p)] for p in others["params"]}
-    assert in_decayed | in_others == set(names.values())
-    assert not in_decayed & in_others
-    assert {"cls.weight", "encoder.patch_embed.proj.weight"} <= in_decayed
-    assert {"cls.bias", "encoder.norm.weight", "seg.norm.bias"} <= in_others
-    tables = {name for name in names.values() if name.endswith("relative_position_bias_table")}
+def names_by_group(learner: Learner) -> list[tuple[str, float, set[str]]]:
+    """Optimiser, weight decay and parameters of each group."""
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    return [
+        (type(part).__name__, group["weight_decay"], {names[id(p)] for p in group["params"]})
+        for part in learner.optimisers.parts
+        for group in part.param_groups
+    ]
+
+
+def test_which_optimiser_steps_what_and_what_decays(config: RunConfig) -> None:
+    learner = fresh(config)
+    plain, others, matrices = names_by_group(learner)
+    assert [group[:2] for group in (plain, others, matrices)] == [("AdamW", 0.05), ("AdamW", 0.0), ("Muon", 0.05)]
+    every = {name for name, _ in learner.model.named_parameters()}
+    assert plain[2] | others[2] | matrices[2] == every
+    assert len(plain[2]) + len(others[2]) + len(matrices[2]) == len(every)
+    edges = {"cls.weight", "encoder.patch_embed.proj.weight", "seg.output.weight", "rec.output.weight"}
+    assert plain[2] == edges
+    assert {"cls.bias", "encoder.norm.weight", "seg.norm.bias"} <= others[2]
+    tables = {name for name in every if name.endswith("relative_position_bias_table")}
     assert tables
-    assert tables <= in_others
+    assert tables <= others[2]
+    assert {"encoder.layers.0.blocks.0.attn.qkv.weight", "seg.final.expand.weight"} <= matrices[2]
+
+
+def test_adamw_alone_steps_all_matrices_too() -> None:
+    (plain, others) = names_by_group(fresh(changed(train__optimiser="adamw")))
+    assert (plain[0], plain[1], others[1]) == ("AdamW", 0.05, 0.0)
+    assert "encoder.layers.0.blocks.0.attn.qkv.weight" in plain[2]
+
+
+def test_a_rate_is_a_share_of_each_groups_highest() -> None:
+    optimisers = fresh(changed(train__learning_rate=2e-3, train__matrix_rate=0.01)).optimisers
+    for share in (0.5, 0.1, 1.0):
+        optimisers.set_rate(share)
+        rates = [group["lr"] for part in optimisers.parts for group in part.param_groups]
+        assert rates == pytest.approx([2e-3 * share, 2e-3 * share, 0.01 * share])
+
+
+def step_with_noise(learner: Learner, seed: int) -> None:
+    """One step of the optimisers on a random gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    learner.optimisers.zero_grad()
+    for parameter in learner.model.parameters():
+        assert parameter.grad is None
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    learner.optimisers.step()
+
+
+@pytest.mark.parametrize(("optimiser", "parts"), [("muon", 2), ("adamw", 1)])
+def test_optimisers_go_on_from_their_state(optimiser: str, parts: int) -> None:
+    config = changed(train__optimiser=optimiser)
+    learner, again, forgetful = (fresh(config) for _ in range(3))
+    assert len(learner.optimisers.parts) == parts
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    step_with_noise(learner, 1)
+    assert not any(torch.equal(before[name], p) for name, p in learner.model.named_parameters())
+    for other in (again, forgetful):
+        other.model.load_state_dict(learner.model.state_dict())
+    again.optimisers.load_state_dict(deepcopy(learner.optimisers.state_dict()))  # torch's own would be shared
+    for one in (learner, again, forgetful):
+        step_with_noise(one, 2)
+    assert equal(again.model.state_dict(), learner.model.state_dict())
+    assert not equal(forgetful.model.state_dict(), learner.model.state_dict())
+
+
+def test_muon_moves_a_matrix_alike_in_all_directions() -> None:
+    learner = fresh(changed(train__weight_decay=0.0))
+    weight = learner.model.encoder.layers[0].blocks[0].attn.proj.weight
+    before = weight.detach().clone()
+    step_with_noise(learner, 3)
+    moved = torch.linalg.svdvals((weight.detach() - before).double()) / 0.02
+    assert (
+        moved.min() > 0.5
+    )  # Newton and Schulz end between 0.7 and 1.2, from singular values that differ a hundredfold
+    assert moved.max() < 1.3
+
+
+@pytest.mark.parametrize("weighting", ["uncertainty", "gradnorm"])
+def test_a_task_of_weight_0_stays_out_whatever_is_learned(cache: SliceCache, weighting: str) -> None:
+    config = changed(loss__rec=0.0, loss__weighting=weighting)
+    learner = fresh(config)
+    report = train_one_round(learner, cache, config)
+    start = build_model(config.model, 0).state_dict()
+    after = learner.model.state_dict()
+    assert all(torch.equal(after[name], start[name]) for name in start if name.startswith("rec."))
+    assert report.rec == 0
+    weights = learner.balance.weights()
+    assert weights["rec"] == 0
+    assert (weights["cls"], weights["seg"]) != pytest.approx((0.3, 0.4), abs=1e-5)
+
+
+@pytest.mark.parametrize(("task", "decoder"), [("seg", "seg."), ("rec", "rec.")])
+def test_a_task_of_weight_0_leaves_its_decoder_alone(cache: SliceCache, task: str, decoder: str) -> None:
+    config = changed(**{f"loss__{task}": 0.0})
+    start = build_model(config.model, 0).state_dict()
+    after, (report,) = trained(cache, config)
+    for name, value in start.items():
+        if name.startswith(decoder):
+            assert torch.equal(after[name], value)
+    assert getattr(report, task) == 0
+    assert not torch.equal(after["cls.weight"], start["cls.weight"])
+
+
+def test_a_step_that_is_not_finite_is_not_taken(cache: SliceCache, config: RunConfig) -> None:
+    learner = fresh(config)
+    with torch.no_grad():
+        learner.model.cls.bias.fill_(math.inf)
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    batch = make_batch(training_inputs(cache, config, "a"), np.arange(4))
+    _, total, _ = train_step(learner, batch, config)
+    assert not torch.isfinite(total)
+    assert equal(learner.model.state_dict(), before)
 
 
 def test_fedprox_term_by_hand() -> None:
@@ -178,7 +286,7 @@ def test_fedprox_with_mu_0_is_plain_training_and_holds_back_with_more(
 
 
 def test_loss_falls(cache: SliceCache) -> None:
-    config = changed(train__epochs=3, train__learning_rate=1e-3, federation__rounds=3, train__augment=False)
+    config = changed(train__epochs=3, federation__rounds=3, train__augment="none")
     _, reports = trained(cache, config, rounds=(1, 2, 3))
     assert all(r.slices == 3 * SLICES for r in reports)
     assert reports[-1].total < 0.85 * reports[0].total
@@ -190,14 +298,17 @@ def test_gradient_clipping_holds_a_step_back(cache: SliceCache) -> None:
     # AdamW divides by the gradient's size; only a gradient near its epsilon of 1e-8 moves the weights less.
     start = build_model(ModelSettings("demo"), 0).state_dict()
     moved = [
-        distance(trained(cache, changed(train__clip_norm=norm, train__weight_decay=0.0))[0], start)
+        distance(
+            trained(cache, changed(train__clip_norm=norm, train__weight_decay=0.0, train__optimiser="adamw"))[0], start
+        )
         for norm in (0.0, 1e-8)
     ]
     assert 0 < moved[1] < 0.1 * moved[0]
 
 
-def test_augmentation_changes_what_is_seen(cache: SliceCache, plain: dict[str, Tensor]) -> None:
-    assert not equal(trained(cache, changed(train__augment=False))[0], plain)
+@pytest.mark.parametrize("how", ["none", "pose"])
+def test_augmentation_changes_what_is_seen(cache: SliceCache, plain: dict[str, Tensor], how: str) -> None:
+    assert not equal(trained(cache, changed(train__augment=how))[0], plain)
 
 
 @pytest.mark.parametrize("poison", ["parameter", "learning rate"])
@@ -205,12 +316,14 @@ def test_a_loss_that_is_not_finite_names_site_round_and_step(cache: SliceCache, 
     config = changed(
         train__learning_rate=1e30 if poison == "learning rate" else 1e-3, train__warmup=0.0, train__epochs=3
     )
-    model, optimiser = fresh(config)
+    learner = fresh(config)
     if poison == "parameter":
         with torch.no_grad():
-            model.cls.bias.fill_(float("nan"))
-    with pytest.raises(TrainError, match=r"site 'st-x': loss is (nan|inf) in round 1, step \d+") as caught:
-        train_round(model, optimiser, cache, config, site="st-x", round_number=1)
+            learner.model.cls.bias.fill_(float("nan"))
+    with pytest.raises(
+        TrainError, match=r"site 'st-x': loss is (nan|inf) and the gradient's norm (nan|inf) in round 1, step \d+"
+    ) as caught:
+        train_one_round(learner, cache, config, site="st-x")
     assert "train.learning_rate" in str(caught.value)
     if poison == "parameter":
         assert "step 0" in str(caught.value)
@@ -218,9 +331,8 @@ def test_a_loss_that_is_not_finite_names_site_round_and_step(cache: SliceCache, 
 
 def test_no_training_slices_is_refused(cache: SliceCache, config: RunConfig) -> None:
     empty = replace(cache, split=np.full(SLICES, "test"))
-    model, optimiser = fresh(config)
     with pytest.raises(TrainError, match=r"site 'x': no training slices"):
-        train_round(model, optimiser, empty, config, site="x", round_number=1)
+        training_inputs(empty, config, "x")
 
 
 def test_only_the_training_split_is_used(
@@ -229,35 +341,37 @@ def test_only_the_training_split_is_used(
     split = cache.split.copy()
     split[6:] = "val"
     part = replace(cache, split=split)
-    model, optimiser = fresh(config)
-    assert train_round(model, optimiser, part, config, site="a", round_number=1).slices == 6
+    learner, again = fresh(config), fresh(config)
+    assert train_one_round(learner, part, config).slices == 6
     other = replace(part, hu=np.concatenate([part.hu[:6], np.zeros_like(part.hu[6:])]))
-    again, optimiser = fresh(config)
-    train_round(again, optimiser, other, config, site="a", round_number=1)
-    assert equal(model.state_dict(), again.state_dict())
+    train_one_round(again, other, config)
+    assert equal(learner.model.state_dict(), again.model.state_dict())
 
 
 def test_progress_is_told_each_epoch(cache: SliceCache) -> None:
     lines: list[str] = []
     config = changed(train__epochs=2)
-    model, optimiser = fresh(config)
-    train_round(model, optimiser, cache, config, site="a", round_number=1, progress=lines.append)
+    train_one_round(fresh(config), cache, config, progress=lines.append)
     assert lines == ["site 'a' round 1: epoch 1 of 2", "site 'a' round 1: epoch 2 of 2"]
 
 
-def test_training_goes_on_bit_for_bit_after_a_restart(cache: SliceCache, config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty", "gradnorm"])
+def test_training_goes_on_bit_for_bit_after_a_restart(cache: SliceCache, tmp_path: Path, weighting: str) -> None:
+    config = changed(loss__weighting=weighting)
     straight, _ = trained(cache, config, rounds=(1, 2))
-    model, optimiser = fresh(config)
-    train_round(model, optimiser, cache, config, site="a", round_number=1)
+    learner = fresh(config)
+    train_one_round(learner, cache, config)
     state = LocalState(tmp_path / "runs" / "r.1")
-    state.save(model, optimiser, 1)
-    encoder = {name: t.clone() for name, t in model.state_dict().items() if name.startswith("encoder.")}
+    state.save(learner, 1)
+    encoder = {name: t.clone() for name, t in learner.model.state_dict().items() if name.startswith("encoder.")}
 
-    again, optimiser_again = fresh(config)
-    assert state.restore(again, optimiser_again) == 1
-    again.load_state_dict(encoder, strict=False)  # which the server sends
-    train_round(again, optimiser_again, cache, config, site="a", round_number=2)
-    assert equal(again.state_dict(), straight)
+    again = fresh(config)
+    assert state.restore(again) == 1
+    assert again.balance.weights() == learner.balance.weights()
+    assert (weighting == "fixed") == (again.balance.weights() == fresh(config).balance.weights())
+    again.model.load_state_dict(encoder, strict=False)  # which the server sends
+    train_one_round(again, cache, config, round_number=2)
+    assert equal(again.model.state_dict(), straight)
 
 
 def files(state: LocalState) -> list[Path]:
@@ -265,22 +379,22 @@ def files(state: LocalState) -> list[Path]:
 
 
 def test_the_state_holds_heads_and_optimiser_but_no_encoder(config: RunConfig, tmp_path: Path) -> None:
-    model, optimiser = fresh(config)
+    learner = fresh(config)
     state = LocalState(tmp_path / "r")
-    state.save(model, optimiser, 7)
+    state.save(learner, 7)
     (path,) = files(state)
     saved = torch.load(path, weights_only=True)
-    assert set(saved) == {"heads", "optimiser"}
+    assert set(saved) == {"heads", "balance", "optimisers"}
     assert {name.split(".")[0] for name in saved["heads"]} == {"cls", "seg", "rec"}
-    assert state.restore(model, optimiser) == 7
+    assert state.restore(learner) == 7
 
 
 def save_rounds(state: LocalState, config: RunConfig, *rounds: int) -> None:
-    model, optimiser = fresh(config)
+    learner = fresh(config)
     for number in rounds:
         with torch.no_grad():
-            model.cls.bias.fill_(number)
-        state.save(model, optimiser, number)
+            learner.model.cls.bias.fill_(number)
+        state.save(learner, number)
 
 
 def test_the_last_two_rounds_are_kept_and_no_partial_is_left(config: RunConfig, tmp_path: Path) -> None:
@@ -288,20 +402,19 @@ def test_the_last_two_rounds_are_kept_and_no_partial_is_left(config: RunConfig, 
     save_rounds(state, config, 1, 2, 3)
     assert len(files(state)) == 2
     assert not list(tmp_path.rglob("*.partial"))
-    model, _ = fresh(config)
-    assert [(state.restore(model, before=before), model.cls.bias.item()) for before in (None, 4, 3)] == [
+    learner = fresh(config)
+    assert [(state.restore(learner, before=before), learner.model.cls.bias.item()) for before in (None, 4, 3)] == [
         (3, 3.0),
         (3, 3.0),
         (2, 2.0),
     ]
-    assert state.restore(model, before=2) == 0
+    assert state.restore(learner, before=2) == 0
 
 
 def test_a_round_done_again_replaces_what_it_left(config: RunConfig, tmp_path: Path) -> None:
     state = LocalState(tmp_path / "r")
     save_rounds(state, config, 9, 10, 11, 10)
-    model, _ = fresh(config)
-    assert state.restore(model) == 10  # 11 began from a round that no longer counts
+    assert state.restore(fresh(config)) == 10  # 11 began from a round that no longer counts
     assert len(files(state)) == 1
 
 
@@ -309,25 +422,30 @@ def test_a_crash_while_saving_leaves_the_last_round(config: RunConfig, tmp_path:
     state = LocalState(tmp_path / "r")
     save_rounds(state, config, 1)
     (state.folder / "4711.partial").write_bytes(b"half")
-    model, optimiser = fresh(config)
-    assert state.restore(model, optimiser) == 1
-    assert model.cls.bias.item() == 1
+    learner = fresh(config)
+    assert state.restore(learner) == 1
+    assert learner.model.cls.bias.item() == 1
 
 
 def test_without_a_file_the_model_keeps_its_heads(config: RunConfig, tmp_path: Path) -> None:
-    model, optimiser = fresh(config)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    assert LocalState(tmp_path / "none").restore(model, optimiser) == 0
-    assert equal(model.state_dict(), before)
+    learner = fresh(config)
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    assert LocalState(tmp_path / "none").restore(learner) == 0
+    assert equal(learner.model.state_dict(), before)
 
 
-def test_another_variant_or_another_number_of_windows_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    model, optimiser = fresh(config)
+def test_a_state_of_another_model_optimiser_or_weighting_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    learner = fresh(config)
     state = LocalState(tmp_path / "r")
-    state.save(model, optimiser, 1)
-    for settings in ({"model__variant": "default"}, {"model__windows_hu": "0:80,-20:180"}):
+    state.save(learner, 1)
+    for settings in (
+        {"model__variant": "default"},
+        {"model__windows_hu": "0:80,-20:180"},
+        {"train__optimiser": "adamw"},
+        {"loss__weighting": "gradnorm"},
+    ):
         with pytest.raises(TrainError, match="does not fit"):
-            state.restore(*fresh(changed(**settings)))
+            state.restore(fresh(changed(**settings)))
 
 
 def _cut(path: Path) -> None:
@@ -345,9 +463,9 @@ def _without_heads(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_cut, _letter, _without_heads])
 def test_a_damaged_state_is_refused(config: RunConfig, tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    model, optimiser = fresh(config)
+    learner = fresh(config)
     state = LocalState(tmp_path / "r")
-    state.save(model, optimiser, 1)
+    state.save(learner, 1)
     damage(files(state)[0])
     with pytest.raises(TrainError):
-        state.restore(model, optimiser)
+        state.restore(learner)

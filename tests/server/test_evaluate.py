@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.evaluate import EvaluationError, fit_probe, open_held_out
-from shared.batches import make_batch
+from shared.batches import read_batch
 from shared.config import RunConfig
 from shared.scoring import build_model, score_slices
 from tests.conftest import SmallHospitals, edit_site
@@ -21,7 +21,7 @@ def test_a_probe_is_scikit_learns_logistic_regression(hospitals: SmallHospitals,
     probe = {name: torch.from_numpy(value) for name, value in fit_probe(model, cache, config).items()}
     rows = cache.rows()
     with torch.no_grad():
-        batch = make_batch(cache, rows, config.model.windows(), model.shape.image_size)
+        batch = read_batch(cache, rows, config.model.windows(), model.shape.image_size)
         features = model.pool(model.encode(batch.image)).numpy()
     known = ~np.isnan(cache.label)
     reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))

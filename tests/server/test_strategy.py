@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from client.train import build_optimiser
+from client.train import build_learner, training_inputs
 from client.train import train_round as train_locally
 from server.strategy import QuorumError, Roster, build_strategy, gather, receive, train_round
 from shared.config import FederationSettings, parse_config
@@ -63,11 +63,10 @@ def test_one_hospital_federated_is_the_same_training_without_flower(two: SmallHo
     config = parse_config(flat)
     _, _, _, result = first_round(two, ["hospital-01"], flat)
 
-    model = build_model(config.model, config.run.seed)
-    train_locally(
-        model, build_optimiser(model, config), two.cache("hospital-01"), config, site="hospital-01", round_number=1
-    )
-    expected = to_arrays(model.state_dict(), ("encoder",))
+    learner = build_learner(config, torch.device("cpu"))
+    inputs = training_inputs(two.cache("hospital-01"), config, "hospital-01")
+    train_locally(learner, inputs, config, site="hospital-01", round_number=1)
+    expected = to_arrays(learner.model.state_dict(), ("encoder",))
     assert result.arrays.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(result.arrays[name], value, err_msg=name)

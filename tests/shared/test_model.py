@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared.batches import Batch
 from shared.config import LossSettings
-from shared.losses import slice_losses
+from shared.losses import TaskBalance, slice_losses
 from shared.model import VARIANTS, ModelError, MultiTaskSwin, autocast, load_pretrained
 
 DEMO = VARIANTS["demo"]
@@ -136,7 +136,7 @@ def test_every_parameter_learns() -> None:
     mask = torch.zeros(2, 96, 96)
     mask[:, 20:50, 30:60] = 1
     batch = Batch(torch.rand(2, 1, 96, 96), torch.tensor([1.0, 0.0]), mask, torch.tensor([True, True]))
-    slice_losses(model(batch.image), batch).total(LossSettings()).backward()
+    TaskBalance(LossSettings()).total(slice_losses(model(batch.image), batch)).backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
     assert idle == []
 
@@ -175,3 +175,13 @@ def test_a_slice_is_predicted_alone() -> None:
 def test_precision_can_be_forced(precision: str, dtype: torch.dtype) -> None:
     with autocast(precision, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_decoder_that_is_not_asked_for_is_not_computed() -> None:
+    model = MultiTaskSwin(VARIANTS["demo"]).eval()
+    image = torch.rand(1, 1, 96, 96)
+    whole, alone = model(image), model(image, segment=False, reconstruct=False)
+    assert alone.hematoma is None
+    assert alone.reconstruction is None
+    torch.testing.assert_close(alone.hypodensity, whole.hypodensity)
+    assert model.last_shared() is dict(model.named_parameters())["encoder.layers.3.blocks.1.mlp.fc2.weight"]

@@ -113,7 +113,7 @@ def test_a_folder_in_a_key_is_refused_in_favour_of_the_option(tmp_path: Path, ke
 )
 def test_the_command_refuses_before_anything_is_written(tmp_path: Path, options: list[str], text: str) -> None:
     folders = ["--hospitals", str(tmp_path / "h"), "--runs", str(tmp_path / "r")]
-    result = CliRunner().invoke(app, ["run", *folders, *options])
+    result = CliRunner().invoke(app, ["demo", *folders, *options])
     assert result.exit_code == 1
     assert "ConfigError" in result.output
     assert text in " ".join(result.output.split())
@@ -121,5 +121,5 @@ def test_the_command_refuses_before_anything_is_written(tmp_path: Path, options:
 
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
-    assert CliRunner().invoke(app, ["run", "--round", "3"]).exit_code == 2
+    assert CliRunner().invoke(app, ["demo", "--round", "3"]).exit_code == 2
     assert CliRunner().invoke(app, ["sites", "--seed", "x"]).exit_code == 2
