@@ -209,7 +209,7 @@ def train_round(
                     rate_share(config, (round_number - 1 + steps / steps_total) / config.federation.rounds)
                 )
                 means, total, norm = train_step(learner, batch, config, anchor, proximal_mu)
-                if not torch.isfinite(total + norm):  # the step was not taken; the one place that waits for the device
+                if not torch.isfinite(total + norm):  # the step was not taken
                     raise TrainError(
                         f"site {site!r}: loss is {total.item()} and the gradient's norm {norm.item()} in round {round_number}, "
                         f"step {steps}; expected finite numbers: lower train.learning_rate and train.matrix_rate, or set "
@@ -247,6 +247,9 @@ def train_step(
     learner.optimisers.zero_grad()
     balance.prepare(losses, model.last_shared())
     (total + proximal_term(model, anchor, proximal_mu)).backward()
+    for name, parameter in model.named_parameters():  # nor do weight decay and FedProx move what has no task
+        if getattr(config.loss, name.partition(".")[0], 1) == 0:
+            parameter.grad = None
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or math.inf)
     if torch.isfinite(total + norm):  # else it would reach the weights and the optimisers' state
         learner.optimisers.step()

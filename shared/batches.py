@@ -44,9 +44,10 @@ class Inputs:
     """Slices of a cache at the model's input size, before windowing and augmentation; stays where the slices are.
 
     Attributes:
-      hu: float32 (N, 1, Y, X), clipped to 40 HU around the windows, or int16 as in the cache where no resampling is
-        needed (then memory-mapped).
-      mask: uint8 (N, 1, Y, X).
+      hu: float32 (M, 1, Y, X), clipped to 40 HU around the windows; or the cache's own int16, memory-mapped, where no
+        resampling is needed.
+      mask: uint8 (M, 1, Y, X).
+      place: int64 (N,), where in `hu` and `mask` each slice is.
       label: float32 (N,), 1, 0 or NaN for unknown.
       has_mask: bool (N,).
       windows_hu: (low, high) per channel.
@@ -54,6 +55,7 @@ class Inputs:
 
     hu: NDArray
     mask: NDArray[np.uint8]
+    place: NDArray[np.int64]
     label: NDArray[np.float32]
     has_mask: NDArray[np.bool_]
     windows_hu: tuple[tuple[float, float], ...]
@@ -79,9 +81,7 @@ def make_inputs(
     """
     label, has_mask = cache.label[rows], cache.has_mask[rows]
     if image_size == SIDE_PX:
-        every = len(rows) == len(cache.label)
-        hu, mask = (cache.hu, cache.masks) if every else (cache.hu[rows], cache.masks[rows])
-        return Inputs(hu[:, None], mask[:, None], label, has_mask, windows_hu)
+        return Inputs(cache.hu[:, None], cache.masks[:, None], rows, label, has_mask, windows_hu)
     hu = np.empty((len(rows), 1, image_size, image_size), np.float32)
     mask = np.empty(hu.shape, np.uint8)
     # Air and bone are clipped first: averaged in, they would hide what lies beside them.
@@ -93,7 +93,7 @@ def make_inputs(
         fine_BCYX = torch.from_numpy(cache.masks[rows[part]].astype(np.float32))[:, None]
         share_BCYX = functional.interpolate(fine_BCYX, (image_size, image_size), mode="bilinear", antialias=True)
         mask[part] = (share_BCYX > 0.5).numpy()
-    return Inputs(hu, mask, label, has_mask, windows_hu)
+    return Inputs(hu, mask, np.arange(len(rows)), label, has_mask, windows_hu)
 
 
 def make_batch(
@@ -107,8 +107,9 @@ def make_batch(
       augmentation: as train.augment in the run config.
       generator: draws the augmentation.
     """
-    hu_BCYX = torch.from_numpy(inputs.hu[chosen].astype(np.float32, copy=False))
-    mask_BCYX = torch.from_numpy(inputs.mask[chosen].astype(np.float32))
+    place = inputs.place[chosen]
+    hu_BCYX = torch.from_numpy(inputs.hu[place].astype(np.float32, copy=False))
+    mask_BCYX = torch.from_numpy(inputs.mask[place].astype(np.float32))
     if augmentation != "none":
         hu_BCYX, mask_BCYX = turn(hu_BCYX, mask_BCYX, generator)
     if augmentation == "scanner":
@@ -151,8 +152,8 @@ def turn(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tupl
 def rescan(hu_BCYX: Tensor, generator: torch.Generator) -> Tensor:
     """Another scanner: kernel, cupping, calibration, gain and noise, each drawn per slice; the label stays.
 
-    The kernel blurs or sharpens (half a pixel's neighbourhood either way), cupping raises or lowers the rim of the
-    picture by up to 6 HU, calibration is off by 5 HU (SD), gain by 5 % (SD), noise has up to 3 HU (SD).
+    The kernel blurs or sharpens (half a pixel's neighbourhood either way), cupping raises or lowers the
+    middle of the picture's edges by up to 6 HU, calibration is off by 5 HU (SD), gain by 5 % (SD), noise has up to 3 HU (SD).
 
     Returns:
       A new tensor of the same shape.

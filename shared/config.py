@@ -243,6 +243,8 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     }
     config = RunConfig(**sections)
     config.model.windows()
+    if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
+        raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")
     return config
 
 

@@ -61,7 +61,7 @@ class TaskBalance(nn.Module):
             self.log_variance = nn.Parameter(-weights.clamp_min(1e-6).log())
         if settings.weighting == "gradnorm":
             self.weight = nn.Parameter(weights.clone())
-            self.register_buffer("first", torch.zeros(3))  # the tasks' losses at the first step
+            self.register_buffer("first", torch.zeros(3))  # the tasks' losses when they first counted
 
     def total(self, losses: Losses) -> Tensor:
         """The scalar to minimise; carries gradients to the model and to what is learned here."""
@@ -84,14 +84,14 @@ class TaskBalance(nn.Module):
         if self.settings.weighting != "gradnorm":
             return
         means = losses.means()
-        if not self.first.any():
-            self.first.copy_(means.detach().clamp_min(1e-8))
+        now = means.detach()
+        active = self.active & (now > 0)  # a batch without labels or masks says nothing of that task
+        self.first.copy_(torch.where(active & (self.first == 0), now, self.first))
         norms = torch.zeros_like(means)
-        for task in torch.nonzero(self.active).flatten().tolist():
+        for task in torch.nonzero(active).flatten().tolist():
             (gradient,) = torch.autograd.grad(means[task], shared, retain_graph=True)
             norms[task] = gradient.float().norm()
-        active = self.active
-        ratio = (means.detach() / self.first)[active]
+        ratio = (now / self.first)[active]
         weighted = (self.weight.detach() * norms)[active]
         target = weighted.mean() * (ratio / ratio.mean()) ** GRADNORM_ALPHA
         slope = torch.zeros_like(means)

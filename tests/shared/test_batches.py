@@ -222,8 +222,8 @@ def test_at_full_size_the_hu_is_untouched() -> None:
     cache = made_cache(hu, hu > 60)
     inputs = make_inputs(cache, np.array([3, 1]), BRAIN, 224)
     assert inputs.hu.dtype == np.int16
-    np.testing.assert_array_equal(inputs.hu[:, 0], hu[[3, 1]])
-    np.testing.assert_array_equal(inputs.mask[:, 0], hu[[3, 1]] > 60)
+    np.testing.assert_array_equal(inputs.hu[inputs.place, 0], hu[[3, 1]])
+    np.testing.assert_array_equal(inputs.mask[inputs.place, 0], hu[[3, 1]] > 60)
     image = read_batch(cache, np.array([3, 1]), ((-1000.0, 3000.0),), 224).image[:, 0]
     torch.testing.assert_close(image, torch.from_numpy(hu[[3, 1]] + 1000).float() / 4000)
 

@@ -71,3 +71,8 @@ def test_a_wrong_key_or_value_is_named(flat: dict, text: str) -> None:
 
 def test_several_windows() -> None:
     assert parse_config({"model.windows_hu": "0:80,-20:180"}).model.windows() == ((0, 80), (-20, 180))
+
+
+def test_three_tasks_of_weight_0_are_refused() -> None:
+    with pytest.raises(ConfigError, match="all 0; expected at least one task"):
+        parse_config({"loss.cls": 0.0, "loss.seg": 0.0, "loss.rec": 0.0})
