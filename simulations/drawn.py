@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
@@ -70,17 +70,29 @@ def draw_hospitals(
     Returns:
       Name -> cache, memory-mapped.
     """
-    missing = [hospital for hospital in hospitals if not _folder(store, hospital, seed, view).is_dir()]
-    if missing:
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("forkserver")) as pool:
-            for hospital in missing:
-                parts = []
-                jobs = pool.map(_draw_patient, repeat(hospital), repeat(seed), range(hospital.patients), repeat(view))
-                for part in jobs:
-                    parts.append(part)
-                    progress(hospital.name, len(parts), hospital.patients)
-                _write(_folder(store, hospital, seed, view), hospital, parts)
+    draw_missing([(hospital, seed, view) for hospital in hospitals], store, workers, progress)
     return {hospital.name: _read(_folder(store, hospital, seed, view), hospital) for hospital in hospitals}
+
+
+def draw_missing(
+    wanted: Iterable[tuple[Hospital, int, View]],
+    store: Path,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> None:
+    """Draw what is not in the store, each once; arguments as for draw_hospitals."""
+    missing = {_folder(store, *one): one for one in wanted}
+    missing = {folder: one for folder, one in missing.items() if not folder.is_dir()}
+    if not missing:
+        return
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("forkserver")) as pool:
+        for folder, (hospital, seed, view) in missing.items():
+            parts = []
+            jobs = pool.map(_draw_patient, repeat(hospital), repeat(seed), range(hospital.patients), repeat(view))
+            for part in jobs:
+                parts.append(part)
+                progress(f"{hospital.name}, seed {seed}", len(parts), hospital.patients)
+            _write(folder, parts)
 
 
 def _folder(store: Path, hospital: Hospital, seed: int, view: View) -> Path:
@@ -154,7 +166,7 @@ def _ct_slice(scanner: object, z_mm: float) -> CtSlice:
     )
 
 
-def _write(folder: Path, hospital: Hospital, parts: list) -> None:
+def _write(folder: Path, parts: list) -> None:
     """Beside its place first, so that an interrupted drawing leaves nothing that looks whole."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

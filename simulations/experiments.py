@@ -304,8 +304,7 @@ def run_jobs(
     left = [job for job in wanted if not job.done()]
     say(f"{len(wanted) - len(left)} of {len(wanted)} results are stored")
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    for job in left:
-        draw_for(job, store, say)
+    draw_for(left, store, say)
     missing = {t.folder(store): t for job in left for t in trainings(job) if not t.folder(store).is_dir()}
     with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_one_thread) as pool:
         _each(pool, train_one, [(t, store) for t in missing.values()], "trained", say)

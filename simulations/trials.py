@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from shared.wire import Tensors
 from simulations.adapting import brain_level_hu, calibrated, retrained
 from simulations.ceiling import fit_radiomics, oracle_scores, radiomics, radiomics_scores
 from simulations.consortia import DEVELOPMENT, Consortium, consortium
-from simulations.drawn import AS_DRAWN, View, draw_hospitals
+from simulations.drawn import AS_DRAWN, View, draw_hospitals, draw_missing
 from simulations.experiments import Arm, Job, Training, machine, trainings
 from simulations.hospitals import Hospital
 from simulations.measures import Voter, attention, load, reliance, score, scores_as_json, similarity, task_cosines
@@ -58,23 +58,28 @@ class Drawn:
         return {name: self.caches(hospitals, view) for name, hospitals in self.group.tests.items()}
 
 
-def draw_for(job: Job, store: Path, say: Callable[[str], None]) -> None:
-    """Draw all hospitals that a job needs, on every core."""
+def draw_for(jobs: Iterable[Job], store: Path, say: Callable[[str], None]) -> None:
+    """Draw all hospitals that jobs need, on every core."""
+
+    def told(name: str, done: int, total: int) -> None:
+        if done == total:
+            say(f"drew {name}")
+
+    draw_missing([one for job in jobs for one in _needed(job)], store / "hospitals", progress=told)
+
+
+def _needed(job: Job) -> list[tuple[Hospital, int, View]]:
+    """The hospitals of one job, and how they are drawn."""
     arm, group = job.arm, consortium(job.arm.consortium)
-    views = {AS_DRAWN: [*group.training, *(h for hospitals in group.tests.values() for h in hospitals)]}
+    every = [*group.training, *(h for hospitals in group.tests.values() for h in hospitals)]
+    wanted = [(hospital, AS_DRAWN) for hospital in every]
     if arm.heads == "probe":
-        views[AS_DRAWN].append(DEVELOPMENT)
+        wanted.append((DEVELOPMENT, AS_DRAWN))
     if "reliance" in arm.measures:
-        views |= {View(feature_on=on): list(group.training) for on in (True, False)}
+        wanted += [(hospital, View(feature_on=on)) for on in (True, False) for hospital in group.training]
     if "ceiling" in arm.measures:
-        views[View(noiseless=True)] = list(views[AS_DRAWN])
-    for view, hospitals in views.items():
-        for hospital in hospitals:  # one at a time: groups may hold the same name twice, changed
-            draw_hospitals([hospital], job.seed, store / "hospitals", view, progress=_told(say, job.seed))
-
-
-def _told(say: Callable[[str], None], seed: int) -> Callable[[str, int, int], None]:
-    return lambda name, done, total: say(f"drew {name}, seed {seed}") if done == total else None
+        wanted += [(hospital, View(noiseless=True)) for hospital in every]
+    return [(hospital, job.seed, view) for hospital, view in wanted]
 
 
 def train_one(training: Training, store: Path) -> str:

@@ -187,8 +187,10 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
 
     store, wanted = tmp_path / "store", [job for job in jobs(tiny) if job.seed == 0]
     assert state(tiny) == (0, 0, 12)
+    said: list[str] = []
+    draw_for(wanted, store, said.append)
+    assert said
     for job in wanted:  # as run_jobs does, in this process, where the small hospitals are
-        draw_for(job, store, lambda line: None)
         for training in trainings(job):
             if not training.folder(store).is_dir():
                 train_one(training, store)
@@ -224,7 +226,7 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
 
     # What is stored is not run again; another recipe of the same arm is.
     before = {job.result: job.result.stat().st_mtime_ns for job in wanted}
-    said: list[str] = []
+    said = []
     run_jobs(wanted, store, workers=1, say=said.append)
     assert said == ["6 of 6 results are stored"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
