@@ -30,7 +30,7 @@ from simulations.training import MODES, StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, RESULTS = ROOT / "simulations" / "experiments", ROOT / "simulations" / "results"
-RECIPE = ROOT / "simulations" / "demo.toml"  # what every arm begins with; an experiment and its arms change keys
+RECIPE = ROOT / "simulations" / "study.toml"
 STORE = ROOT / ".studies"
 HEADS = ("average", "ensemble", "probe")
 ADAPTATIONS = ("none", "calibration", "reconstruction")
@@ -59,7 +59,7 @@ class Arm:
     name: str
     mode: str = "pooled"
     config: dict[str, object] = field(default_factory=dict)
-    steps: int = 1500
+    steps: int = 2000
     consortium: str = "hospitals"
     hospitals: tuple[int, ...] = ()
     heads: str = "average"

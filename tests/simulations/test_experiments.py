@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 import simulations.consortia as consortia
 import simulations.experiments as experiments
+import simulations.tables as tables
 from server.checkpoint import load_checkpoint
 from server.strategy import build_strategy
 from shared.config import parse_config
@@ -175,6 +176,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setattr(consortia, "HELD_OUT", tuple(replace(h, patients=6) for h in few[4:6]))
     monkeypatch.setattr(experiments, "FOLDER", tmp_path / "experiments")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "experiments")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "EXPERIMENTS.md")
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "tiny.toml").write_text(TINY)
     return read_experiment("tiny")
@@ -223,6 +226,24 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
     ).splitlines()
     assert len(lines) == 2 + 5
     assert "not run" not in "".join(lines)
+
+    # The page and the files' heads, twice the same; every table can be made.
+    pages = []
+    for _ in range(2):
+        pages.append(tables.write_tables().read_text() + (experiments.FOLDER / "tiny.toml").read_text())
+    assert pages[0] == pages[1]
+    assert "6 of 12 results stored" in pages[0]
+    assert read_experiment("tiny") == tiny
+    for arms, kind in (
+        (("cls",), "baseline"),
+        (("multi",), "spurious"),
+        (("probe", "multi"), "similarity"),
+        (("multi",), "groups"),
+    ):
+        part = replace(tiny, arms=tuple(tiny.arm(name) for name in arms), table=kind, reference=arms[0])
+        made = tables.TABLES[kind](part)
+        assert "not run" not in made
+        assert made.count("|") > 20
 
     # What is stored is not run again; another recipe of the same arm is.
     before = {job.result: job.result.stat().st_mtime_ns for job in wanted}
