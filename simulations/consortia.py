@@ -49,7 +49,7 @@ CAUSES: dict[str, tuple[dict, dict]] = {
     "holder 600 HU": ({"holder_hu": 600.0}, {}),
     "pose 16 degrees": ({}, {"pose_degree": 16.0}),
     "atrophy 1.9": ({}, {"atrophy": 1.9}),
-    "lesions of 14 mm": ({}, {"lesion_radius_mm": 14.0}),
+    "lesions of 13 mm": ({}, {"lesion_radius_mm": 13.0}),
     "lobar lesions": ({}, {"lobar": 1.0}),
     "prevalence .25": ({}, {"prevalence": 0.25}),
     "look-alikes .9": ({}, {"lookalikes": 0.9}),

@@ -75,7 +75,7 @@ HOSPITALS = (
         "Meridian",
         "jpeg2000",
         {"sharpness": -0.2, "cupping_hu": 7, "padding_hu": -2000, "tilt_degree": -8},
-        {"prevalence": 0.55, "lesion_radius_mm": 21, "lookalikes": 0.3},
+        {"prevalence": 0.55, "lesion_radius_mm": 19, "lookalikes": 0.3},
         signed=True,
     ),
     _trains(
@@ -94,7 +94,7 @@ HOSPITALS = (
         "Northlight",
         "jpeg2000",
         {"thickness_mm": 2.5, "spacing_mm": 2.5, "dose": 0.8},
-        {"lesion_radius_mm": 15, "lookalikes": 0.6},
+        {"lesion_radius_mm": 14, "lookalikes": 0.6},
         slices=8,
     ),
     _held_out(8, "Oldham", "deflated", {"offset_hu": 10, "cupping_hu": 12}, {"atrophy": 1.7, "lookalikes": 0.8}),
@@ -114,6 +114,6 @@ HOSPITALS = (
         "Aster",
         "jpeg2000",
         {"sharpness": -1.0, "dose": 1.1},
-        {"atrophy": 0.6, "lesion_radius_mm": 23, "prevalence": 0.35, "lookalikes": 0.8},
+        {"atrophy": 0.6, "lesion_radius_mm": 21, "prevalence": 0.35, "lookalikes": 0.8},
     ),
 )

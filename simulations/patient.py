@@ -36,7 +36,7 @@ class Cohort:
 
     prevalence: float = 0.5
     atrophy: float = 1.0
-    lesion_radius_mm: float = 19.0
+    lesion_radius_mm: float = 17.0
     lobar: float = 0.35
     pose_degree: float = 4.0
     lookalikes: float = 0.5

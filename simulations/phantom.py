@@ -220,7 +220,7 @@ def _brain(patient: Patient, x: Array, y: Array, z: Array, phi: Array, depth: Ar
     tissue = WHITE_HU + (GREY_HU - WHITE_HU) * _soft(cortex_mm - depth, 1.0)
     for side in (-1, 1):
         nuclei = 1 - np.hypot((x - 22 * side) / 11, (y + 2) / 17)
-        tissue += (GREY_HU - 2 - tissue) * _soft(8 * nuclei, 1.5) * (np.abs(z - 5) < 25)
+        tissue += (GREY_HU - 1 - tissue) * _soft(8 * nuclei, 1.5) * (np.abs(z - 5) < 25)
         wide = 5.5 * patient.atrophy
         horn = 1 - np.hypot((x - side * (6 + 0.18 * np.abs(y))) / wide, (y - 2) / 33)
         tissue += (CSF_HU - tissue) * _soft(5 * horn, 0.6) * (z > -2)

@@ -22,6 +22,7 @@ from simulations.phantom import MATRIX, Scanner, render_slice
 
 Picture = NDArray[np.float64]
 PATCH_PX = 24  # side of the uniform patches that noise is measured in
+_PATCH_STARTS = range(128, 384, PATCH_PX)
 _PADDED_PX = 128  # a patch's spectrum is read on this finer grid
 _SERIES = 6  # slices of a series, for the lesion's area
 
@@ -62,6 +63,7 @@ QUANTITIES = (
     Quantity("autocorrelation, lag 1 px", "", 0.47, 0.74, kernel=True),
     Quantity("autocorrelation, lag 2 px", "", -0.05, 0.36, kernel=True),
     Quantity("autocorrelation, lag 3 px", "", -0.25, 0.0, kernel=True),
+    Quantity("noise power, peak", "1/mm", 0.15, 0.25),  # "near 0.2"; the range is a reading of it
     Quantity("noise power, half", "1/mm", 0.2, 0.37, kernel=True),
     Quantity("noise power, mean", "1/mm", 0.31, 0.47, kernel=True),
     Quantity("skin edge, 10 to 90 %", "px", 3, 4.5, kernel=True),
@@ -70,7 +72,7 @@ QUANTITIES = (
     Quantity("lesion", "HU", 42, 68),
     Quantity("lesion SD", "HU", 5, 11),
     Quantity("lesion contrast", "HU", 14, 35),
-    Quantity("lesion area, median of a series", "px", 464, 11093),
+    Quantity("lesion area, median of a series", "px", 1937 / 2, 1937 * 2),
 )
 
 
@@ -86,24 +88,24 @@ def measure(scanner: Scanner, cohort: Cohort, patients: int, seed: int) -> dict[
     """
     rng = np.random.default_rng(seed)
     values: dict[str, list[float]] = {quantity.name: [] for quantity in QUANTITIES}
-    for patient in (sample_patient(rng, cohort) for _ in range(patients)):
-        for name, value in _measure_patient(patient, scanner).items():
+    for number, patient in enumerate([sample_patient(rng, cohort) for _ in range(patients)]):
+        for name, value in _measure_patient(patient, scanner, (seed, number)).items():
             if np.isfinite(value):
                 values[name].append(float(value))
     return values
 
 
-def _measure_patient(patient: Patient, scanner: Scanner) -> dict[str, float]:
+def _measure_patient(patient: Patient, scanner: Scanner, seed: tuple[int, int]) -> dict[str, float]:
     """All quantities of one patient; NaN where there is too little of the tissue."""
     z_mm, step_mm = patient.lesion_centre_mm[2], scanner.field_of_view_mm / MATRIX
-    first, second = (render_slice(patient, scanner, z_mm, np.random.default_rng(exposure)) for exposure in (1, 2))
+    first, second = (
+        render_slice(patient, scanner, z_mm, np.random.default_rng((*seed, exposure))) for exposure in (1, 2)
+    )
     hu_YX, clot_YX = first.hu_YX.astype(float), first.hematoma_YX
     noise_YX = (hu_YX - second.hu_YX) / 2**0.5  # two exposures of one head differ by noise alone
-    patches = [
-        noise_YX[y : y + PATCH_PX, x : x + PATCH_PX]
-        for y in range(128, 384, PATCH_PX)
-        for x in range(128, 384, PATCH_PX)
-    ]
+    _, inner_YX = _inside_skull(hu_YX, step_mm)
+    windows = [np.s_[y : y + PATCH_PX, x : x + PATCH_PX] for y in _PATCH_STARTS for x in _PATCH_STARTS]
+    patches = [noise_YX[window] for window in windows if inner_YX[window].all()]  # air is noisier than tissue
     lags, power = autocorrelation(patches), spectrum(patches, step_mm)
     areas = []
     for place in range(_SERIES):
@@ -113,6 +115,7 @@ def _measure_patient(patient: Patient, scanner: Scanner) -> dict[str, float]:
         **_tissue(hu_YX, clot_YX, patient, step_mm),
         "noise SD": float(np.mean([patch.std() for patch in patches])),
         **{f"autocorrelation, lag {lag} px": lags[lag - 1] for lag in (1, 2, 3)},
+        "noise power, peak": peak_frequency(*power),
         "noise power, half": half_power(*power),
         "noise power, mean": mean_frequency(*power),
         "skin edge, 10 to 90 %": edge_width_px(hu_YX, patient, step_mm),
@@ -151,12 +154,15 @@ def _tissue(hu_YX: Picture, clot_YX: NDArray[np.bool_], patient: Patient, step_m
     def median(region_YX: NDArray[np.bool_]) -> float:
         return float(np.median(hu_YX[region_YX])) if region_YX.sum() > 50 else np.nan
 
+    def mean(region_YX: NDArray[np.bool_]) -> float:  # a median of whole HU is too coarse for a difference of 7 HU
+        return float(hu_YX[region_YX].mean()) if region_YX.sum() > 50 else np.nan
+
     # The scalp: between the skull's outer surface and the skin, away from both edges.
     shell_YX = (
         ndimage.binary_dilation(ndimage.binary_fill_holes(bone_YX), iterations=8) & (hu_YX < -30) & (hu_YX > -150)
     )
-    white = median(healthy_YX & (depth_YX > 14) & (smooth_YX > 24) & (smooth_YX < 31))
-    grey = median(healthy_YX & nuclei_YX)
+    white = mean(healthy_YX & (depth_YX > 14) & (smooth_YX > 24) & (smooth_YX < 31))
+    grey = mean(healthy_YX & nuclei_YX)
     head_YX = ndimage.binary_opening(hu_YX > -300, iterations=5)
     columns, rows = (np.nonzero(head_YX.any(axis=axis))[0] for axis in (0, 1))
     inner_edge_YX = inner_YX ^ ndimage.binary_erosion(inner_YX)
@@ -214,6 +220,11 @@ def spectrum(patches: list[Picture], step_mm: float) -> tuple[NDArray[np.float64
     count = np.bincount(ring[inside], minlength=len(edges) - 1)
     total = np.bincount(ring[inside], weights=power_YX.ravel()[inside], minlength=len(edges) - 1)
     return (edges[1:] + edges[:-1]) / 2, total / np.maximum(count, 1)
+
+
+def peak_frequency(frequency_F: NDArray[np.float64], power_F: NDArray[np.float64]) -> float:
+    """Where the power is greatest, 1/mm; smoothed over three rings, of which the innermost hold few samples."""
+    return float(frequency_F[np.argmax(np.convolve(power_F, [0.25, 0.5, 0.25], mode="same"))])
 
 
 def half_power(frequency_F: NDArray[np.float64], power_F: NDArray[np.float64]) -> float:

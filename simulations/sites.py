@@ -26,7 +26,7 @@ from simulations.patient import sample_patient
 from simulations.phantom import render_slice, with_feature
 
 MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
-VERSION = 8  # of what is written; a folder of another version is written anew
+VERSION = 9  # of what is written; a folder of another version is written anew
 
 
 def write_hospitals(

@@ -130,6 +130,7 @@ question = "q"
 expected = "e"
 reference = "multi"
 seeds = [0, 1]
+table = "groups"
 
 [all]
 steps = 2

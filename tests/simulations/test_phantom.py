@@ -11,8 +11,6 @@ from simulations.patient import SIGNS, Cohort, Patient, sample_patient
 from simulations.phantom import MATRIX, POSITIVE_AREA_MM2, SUSPECT_AREA_MM2, Scanner, Slice, render_slice
 
 SCANNER = Scanner()
-STEP_MM = SCANNER.field_of_view_mm / MATRIX
-PATIENTS = 8
 CLEAN = replace(SCANNER, dose=math.inf, sharpness=10.0, holder_hu=0.0)  # no noise, hardly a blur
 
 
