@@ -216,6 +216,11 @@ def read_experiment(name: str) -> Experiment:
         raise StudyError(
             f"experiment {name!r}: arms {names}, reference {experiment.reference!r}; expected each name once"
         )
+    for arm in experiment.arms:
+        if arm.against and arm.against not in names:
+            raise StudyError(
+                f"experiment {name!r}, arm {arm.name!r}: against is {arm.against!r}, expected one of {names}"
+            )
     return experiment
 
 

@@ -8,6 +8,7 @@ patients and a difference has an interval of its own.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def text(rows: Rows, signed: bool = False, digits: int = 3) -> str:
     if np.isnan(value):
         return "–"
     show = f"{{:{'+' if signed else ''}.{digits}f}}"
-    return f"{show.format(value)} [{show.format(low)}, {show.format(high)}]".replace("0.", ".")
+    return re.sub(r"\b0\.", ".", f"{show.format(value)} [{show.format(low)}, {show.format(high)}]")
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

@@ -238,13 +238,13 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
     for arms, kind in (
         (("cls",), "baseline"),
         (("multi",), "spurious"),
-        (("probe", "multi"), "similarity"),
+        (("probe", "multi", "cls"), "similarity"),
         (("multi",), "groups"),
     ):
         part = replace(tiny, arms=tuple(tiny.arm(name) for name in arms), table=kind, reference=arms[0])
         made = tables.TABLES[kind](part)
         assert "not run" not in made
-        assert made.count("|") > 20
+        assert made.count("|") >= 20
 
     # What is stored is not run again; another recipe of the same arm is.
     before = {job.result: job.result.stat().st_mtime_ns for job in wanted}
@@ -278,6 +278,7 @@ def test_a_damaged_or_foreign_result_is_not_taken(tiny: Experiment) -> None:
         ('"planted corner"', '"planted hat"', "planted hat"),
         ('["similarity"]', '["likeness"]', "expected of"),
         ('title = "t"', "", "title"),
+        ('against = "cls"', 'against = "clss"', "against is 'clss'"),
     ],
 )
 def test_a_wrong_experiment_says_what_and_where(tiny: Experiment, before: str, after: str, message: str) -> None:
@@ -294,6 +295,7 @@ def test_an_interval_is_written_as_a_value_with_its_bounds() -> None:
     assert text(rows) == ".500 [.025, .975]"
     assert text(rows - 1, signed=True) == "-.500 [-.975, -.025]"
     assert text(np.full(5, np.nan)) == "–"
+    assert text(np.full(5, 10.5)) == "10.500 [10.500, 10.500]"
 
 
 def test_an_arm_with_an_unknown_config_key_is_refused() -> None:
