@@ -15,7 +15,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from multiprocessing import get_context
@@ -295,8 +295,8 @@ def run_jobs(
 ) -> None:
     """Run what is not stored yet.
 
-    Draws the hospitals, trains what is missing, then measures; each on its own core. What is finished is on disk at
-    once, so that a stopped run goes on where it was.
+    Draws the hospitals, trains what is missing and measures an arm as soon as its models are there; each piece on its own
+    core. What is finished is on disk at once, so that a stopped run goes on where it was.
 
     Args:
       wanted: jobs; those with a stored result of their recipe are left alone.
@@ -311,26 +311,29 @@ def run_jobs(
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     draw_for(left, store, say)
     missing = {t.folder(store): t for job in left for t in trainings(job) if not t.folder(store).is_dir()}
+    pieces, done, started = len(missing) + len(left), 0, time.monotonic()
+    running: set[Future] = set()
     with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_one_thread) as pool:
-        _each(pool, train_one, [(t, store) for t in missing.values()], "trained", say)
-        _each(pool, measure_job, [(job, store, commit()) for job in left], "measured", say)
+        try:
+            while missing or left or running:
+                ready = [job for job in left if all(t.folder(store).is_dir() for t in trainings(job))]
+                while len(running) < workers and (ready or missing):
+                    if ready:
+                        left.remove(ready[0])
+                        running.add(pool.submit(measure_job, ready.pop(0), store, commit()))
+                    else:
+                        running.add(pool.submit(train_one, missing.pop(next(iter(missing))), store))
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    done += 1
+                    left_min = (time.monotonic() - started) / done * (pieces - done) / 60
+                    say(f"{done} of {pieces}: {future.result()}; about {left_min:.0f} min left")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _one_thread() -> None:
     """Small models waste a second core's time; two trainings side by side do not."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-
-
-def _each(pool: Executor, work: Callable, arguments: list[tuple], what: str, say: Callable[[str], None]) -> None:
-    """Do all of it, and tell how much is left."""
-    started = time.monotonic()
-    futures = [pool.submit(work, *one) for one in arguments]
-    try:
-        for done, future in enumerate(as_completed(futures), start=1):
-            line = future.result()
-            left_min = (time.monotonic() - started) / done * (len(futures) - done) / 60
-            say(f"{what} {done} of {len(futures)}: {line}; about {left_min:.0f} min left")
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise

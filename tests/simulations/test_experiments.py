@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +13,22 @@ from sklearn.metrics import roc_auc_score
 import simulations.consortia as consortia
 import simulations.experiments as experiments
 import simulations.tables as tables
+import simulations.trials as trials
 from server.checkpoint import load_checkpoint
 from server.strategy import build_strategy
 from shared.config import parse_config
 from simulations.consortia import CAUSES, consortium
-from simulations.experiments import Arm, Experiment, Job, all_experiments, jobs, read_experiment, run_jobs, trainings
+from simulations.experiments import (
+    Arm,
+    Experiment,
+    Job,
+    Training,
+    all_experiments,
+    jobs,
+    read_experiment,
+    run_jobs,
+    trainings,
+)
 from simulations.hospitals import HOSPITALS
 from simulations.patient import FEATURES
 from simulations.tables import read_result, scores_table, state, text
@@ -254,6 +267,46 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     other = Job(tiny, replace(tiny.arm("cls"), steps=4), 0)
     assert not other.done()
+
+
+def test_an_arm_is_measured_as_soon_as_its_models_are_there(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def note(kind: str) -> Callable[..., str]:
+        def work(what: Training | Job, store: Path, *_: object) -> str:
+            order.append(kind)
+            if isinstance(what, Training):
+                what.folder(store).mkdir(parents=True)
+            return kind
+
+        return work
+
+    # The order of the pieces alone: threads in place of processes, and pieces that only take note.
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(trials, "draw_for", lambda jobs, store, say: None)
+    monkeypatch.setattr(trials, "train_one", note("train"))
+    monkeypatch.setattr(trials, "measure_job", note("measure"))
+    wanted = [job for job in jobs(tiny) if job.seed == 0]
+    said: list[str] = []
+    run_jobs(wanted, tmp_path / "store", workers=1, say=said.append)
+    # cls; multi; two alone; then the federation that three arms share, one of them with weights averaged: two models.
+    assert order == [
+        "train",
+        "measure",
+        "train",
+        "measure",
+        "train",
+        "train",
+        "measure",
+        "train",
+        "measure",
+        "train",
+        "measure",
+        "measure",
+    ]
+    assert said[-1].startswith("12 of 12: measure; about 0 min left")
 
 
 def test_a_damaged_or_foreign_result_is_not_taken(tiny: Experiment) -> None:
