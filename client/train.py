@@ -20,7 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from shared.batches import Batch, Inputs, epoch_batches, make_batch, make_inputs
+from shared.batches import Batch, Inputs, batches_in, epoch_batches, make_batch, make_inputs
 from shared.config import RunConfig
 from shared.losses import TaskBalance, slice_losses
 from shared.model import VARIANTS, MultiTaskSwin, autocast
@@ -159,11 +159,13 @@ def training_inputs(cache: SliceCache, config: RunConfig, site: str) -> Inputs:
     """A site's training slices.
 
     Raises:
-      TrainError: there are none.
+      TrainError: there are not two of them.
     """
     rows = cache.rows("train")
-    if not len(rows):
-        raise TrainError(f"site {site!r}: no training slices; see the split column of the cache's index.csv")
+    if len(rows) < 2:
+        raise TrainError(
+            f"site {site!r}: fewer than two training slices; see the split column of the cache's index.csv"
+        )
     return make_inputs(cache, rows, config.model.windows(), VARIANTS[config.model.variant].image_size)
 
 
@@ -197,7 +199,7 @@ def train_round(
     seed = round_seed(config.run.seed, site, round_number)
     generator = torch.Generator().manual_seed(seed)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()} if proximal_mu else {}
-    steps_total = config.train.epochs * math.ceil(len(inputs) / config.train.batch)
+    steps_total = config.train.epochs * batches_in(len(inputs), config.train.batch)
     sums, steps, started = torch.zeros(4, dtype=torch.float64), 0, time.perf_counter()
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

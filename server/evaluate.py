@@ -115,10 +115,10 @@ def evaluate_unseen(
 def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:
     """A linear classification head fitted on a development site, for federation.heads = "probe".
 
-    Logistic regression on the pooled last stage, standardised, folded into one weight and bias.
+    Logistic regression on the pooled last stage, standardised by the head's own norm.
 
     Returns:
-      Tensors cls.weight (1, D) and cls.bias (1,).
+      Tensors cls.weight (1, D), cls.bias (1,), cls.norm.running_mean and cls.norm.running_var (D,).
     Raises:
       EvaluationError: the development site's labels are all alike.
     """
@@ -137,9 +137,14 @@ def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dic
             features.append(model.pool(model.encode(batch.image.to(device))).float().cpu().numpy())
     scaler, regression = StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
     make_pipeline(scaler, regression).fit(np.concatenate(features), labels)
-    weight = regression.coef_ / scaler.scale_
-    bias = regression.intercept_ - weight @ scaler.mean_
-    return {"cls.weight": weight.astype(np.float32), "cls.bias": bias.astype(np.float32)}
+    spread = np.sqrt(scaler.scale_**2 + model.cls.norm.eps)  # what the head's norm will divide by
+    head = {
+        "cls.weight": regression.coef_ * spread / scaler.scale_,
+        "cls.bias": regression.intercept_,
+        "cls.norm.running_mean": scaler.mean_,
+        "cls.norm.running_var": scaler.scale_**2,
+    }
+    return {name: value.astype(np.float32) for name, value in head.items()}
 
 
 def summarise_run(run: Path) -> None:

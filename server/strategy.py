@@ -305,6 +305,8 @@ def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: T
     with _quiet_flower():
         stepped, _ = strategy.aggregate_train(round_number, [reply])
     new = {name: array.numpy().astype("float32") for name, array in stepped.items()}
+    # Running statistics are averaged, never stepped: a server optimiser could make a variance negative.
+    new |= {name: value for name, value in average.items() if ".running_" in name}
     return from_record(to_record(new), shapes_of(arrays))
 
 

@@ -178,8 +178,14 @@ def _draw(count: int, generator: torch.Generator, low: float, high: float) -> Te
     return torch.rand(count, generator=generator) * (high - low) + low
 
 
+def batches_in(count: int, size: int) -> int:
+    """Batches of an epoch: none of one slice, which has no spread that the classification head could normalise by."""
+    return min(-(-count // size), max(count // 2, 1))
+
+
 def epoch_batches(count: int, size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
-    """The numbers below `count` in random order, in batches of at most `size`; each exactly once."""
+    """The numbers below `count` in random order, each exactly once, in even batches of at most `size`; of 3 where `size`
+    is 2 and `count` odd."""
     order = torch.randperm(count, generator=generator).numpy()
-    for start in range(0, count, size):
-        yield np.sort(order[start : start + size])
+    for batch in np.array_split(order, batches_in(count, size)):
+        yield np.sort(batch)

@@ -172,7 +172,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _LEAST: dict[str, float] = {
     "train.epochs": 1,
-    "train.batch": 1,
+    "train.batch": 2,
     "train.weight_decay": 0,
     "train.warmup": 0,
     "train.clip_norm": 0,

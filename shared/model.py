@@ -22,6 +22,9 @@ from timm.models import adapt_input_conv
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
+# What timm's pretrained weights were trained with: ImageNet's mean and SD, over the three colours.
+IMAGE_MEAN, IMAGE_SD = 0.449, 0.226
+
 
 class ModelError(ValueError):
     """A model cannot be built, or weights do not fit it."""
@@ -142,6 +145,42 @@ class Decoder(nn.Module):
         return self.final(self.norm(x_BYXD), then=self.output).permute(0, 3, 1, 2)
 
 
+class BatchStatistics(nn.Module):
+    """Batch normalisation of (B, D) without a scale and a shift of its own (Ioffe and Szegedy 2015, arXiv:1502.03167).
+
+    nn.BatchNorm1d without its count of batches, an integer that no update could carry.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """(B, D) to (B, D): by the batch's own statistics in training, by the running ones after."""
+        return nn.functional.batch_norm(
+            x_BD, self.running_mean, self.running_var, training=self.training, momentum=0.1, eps=self.eps
+        )
+
+
+class ClassificationHead(nn.Linear):
+    """Pooled features (B, D) to one logit per slice (B, 1), normalised over the batch first.
+
+    Slices differ little beside what they have in common, and the common part is moved by every batch's share of
+    positives: without the norm the features became the same for all slices and classification alone learned nothing.
+    Source of the norm before a linear classifier: He et al. 2022 (arXiv:2111.06377), section A.1.
+    """
+
+    def __init__(self, features: int):
+        super().__init__(features, 1)
+        self.norm = BatchStatistics(features)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """(B, D) to (B, 1)."""
+        return super().forward(self.norm(x_BD))
+
+
 class MultiTaskSwin(nn.Module):
     """Encoder, classification head, segmentation and reconstruction decoder.
 
@@ -167,7 +206,9 @@ class MultiTaskSwin(nn.Module):
             drop_path_rate=shape.drop_path,
             weight_init="jax",
         )
-        self.cls = nn.Linear(shape.channels * 8, 1)
+        # The norm after the embedding removes a patch's scale: without a bias two flat patches of other brightness are one.
+        nn.init.normal_(self.encoder.patch_embed.proj.bias, std=0.5)
+        self.cls = ClassificationHead(shape.channels * 8)
         self.seg = Decoder(shape, out_channels=1)
         self.rec = Decoder(shape, out_channels=in_channels)
 
@@ -186,7 +227,7 @@ class MultiTaskSwin(nn.Module):
 
     def encode(self, image_BCYX: Tensor) -> list[Tensor]:
         """The encoder's four stages, (B, Y, X, D) each, finest first, before the final norm."""
-        x_BYXD = self.encoder.patch_embed(image_BCYX)
+        x_BYXD = self.encoder.patch_embed((image_BCYX - IMAGE_MEAN) / IMAGE_SD)
         stages = []
         for layer in self.encoder.layers:
             x_BYXD = layer(x_BYXD)

@@ -22,7 +22,7 @@ from client.train import Learner, build_learner, train_round, training_inputs
 from server.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.checkpoint import read_tensors, write_tensors
 from server.strategy import build_strategy, server_step
-from shared.batches import Batch, read_batch
+from shared.batches import Batch, batches_in, read_batch
 from shared.config import RunConfig
 from shared.losses import slice_losses
 from shared.model import VARIANTS, MultiTaskSwin
@@ -187,6 +187,6 @@ def read_trained(folder: Path) -> Trained:
 
 def with_steps(config: RunConfig, caches: Mapping[str, SliceCache], steps: int) -> RunConfig:
     """The config with as many rounds as give every site about `steps` steps."""
-    slices = np.mean([len(cache.rows("train")) for cache in caches.values()])
-    per_round = config.train.epochs * -(-slices // config.train.batch)
+    batches = [batches_in(len(cache.rows("train")), config.train.batch) for cache in caches.values()]
+    per_round = config.train.epochs * float(np.mean(batches))
     return replace(config, federation=replace(config.federation, rounds=max(1, round(steps / per_round))))

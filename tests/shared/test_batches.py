@@ -155,7 +155,9 @@ def test_the_generator_decides_the_augmentation() -> None:
     assert not torch.equal(first.image[0], first.image[1])
 
 
-@pytest.mark.parametrize(("slices", "size", "lengths"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 16, [2]), (0, 4, [])])
+@pytest.mark.parametrize(
+    ("slices", "size", "lengths"), [(7, 3, [3, 2, 2]), (6, 3, [3, 3]), (9, 8, [5, 4]), (2, 16, [2]), (5, 2, [3, 2])]
+)
 def test_an_epoch_visits_each_row_once(slices: int, size: int, lengths: list[int]) -> None:
     batches = list(epoch_batches(slices, size, seeded(0)))
     assert [len(batch) for batch in batches] == lengths

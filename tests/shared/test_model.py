@@ -13,7 +13,16 @@ from torch import Tensor
 from shared.batches import Batch
 from shared.config import LossSettings
 from shared.losses import TaskBalance, slice_losses
-from shared.model import VARIANTS, ModelError, MultiTaskSwin, autocast, load_pretrained
+from shared.model import (
+    IMAGE_MEAN,
+    IMAGE_SD,
+    VARIANTS,
+    ClassificationHead,
+    ModelError,
+    MultiTaskSwin,
+    autocast,
+    load_pretrained,
+)
 
 DEMO = VARIANTS["demo"]
 
@@ -35,6 +44,10 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> Path:
     return path
 
 
+def as_timm_sees(image: torch.Tensor) -> torch.Tensor:
+    return (image - IMAGE_MEAN) / IMAGE_SD
+
+
 @torch.no_grad()
 def test_the_tiny_encoder_is_timms() -> None:
     theirs = timm.create_model("swin_tiny_patch4_window7_224", in_chans=1, num_classes=0).eval()
@@ -42,11 +55,12 @@ def test_the_tiny_encoder_is_timms() -> None:
     ours.encoder.load_state_dict(theirs.state_dict())
     image = torch.rand(1, 1, 224, 224)
     stages = ours.encode(image)
-    expected = theirs.forward_intermediates(image, intermediates_only=True)
+    seen = as_timm_sees(image)
+    expected = theirs.forward_intermediates(seen, intermediates_only=True)
     assert [tuple(s.shape) for s in stages] == [(1, 56, 56, 96), (1, 28, 28, 192), (1, 14, 14, 384), (1, 7, 7, 768)]
     for stage, their_stage in zip(stages, expected, strict=True):
         torch.testing.assert_close(stage.permute(0, 3, 1, 2), their_stage)
-    torch.testing.assert_close(ours.pool(stages), theirs(image))
+    torch.testing.assert_close(ours.pool(stages), theirs(seen))
 
 
 @torch.no_grad()
@@ -55,7 +69,9 @@ def test_weights_with_one_channel_load_as_they_are(tmp_path: Path) -> None:
     left = load_pretrained(ours, save_weights(tmp_path / "swin.safetensors", theirs.state_dict()))
     assert left == ["head.fc.bias", "head.fc.weight"]
     image = torch.rand(2, 1, 96, 96)
-    torch.testing.assert_close(ours.pool(ours.encode(image)), theirs.forward_head(theirs.forward_features(image), True))
+    torch.testing.assert_close(
+        ours.pool(ours.encode(image)), theirs.forward_head(theirs.forward_features(as_timm_sees(image)), True)
+    )
 
 
 @torch.no_grad()
@@ -63,7 +79,7 @@ def test_weights_with_three_channels_see_a_grey_slice_as_a_grey_picture(tmp_path
     theirs, ours = timm_demo(3), MultiTaskSwin(DEMO).eval()
     load_pretrained(ours, save_weights(tmp_path / "swin.safetensors", theirs.state_dict()))
     image = torch.rand(2, 1, 96, 96)
-    grey = image.expand(2, 3, 96, 96)
+    grey = as_timm_sees(image).expand(2, 3, 96, 96)
     torch.testing.assert_close(
         ours.pool(ours.encode(image)), theirs.forward_head(theirs.forward_features(grey), True), rtol=1e-4, atol=1e-5
     )
@@ -144,11 +160,11 @@ def test_every_parameter_learns() -> None:
 @pytest.mark.parametrize(
     ("variant", "windows", "expected"),
     [
-        ("default", 1, {"encoder": 20_410_314, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
-        ("tiny", 1, {"encoder": 27_516_282, "cls": 769, "seg": 6_754_747, "rec": 6_754_747}),
-        ("demo", 1, {"encoder": 575_038, "cls": 129, "seg": 125_088, "rec": 125_088}),
+        ("default", 1, {"encoder": 20_410_314, "cls": 2305, "seg": 6_754_747, "rec": 6_754_747}),
+        ("tiny", 1, {"encoder": 27_516_282, "cls": 2305, "seg": 6_754_747, "rec": 6_754_747}),
+        ("demo", 1, {"encoder": 575_038, "cls": 385, "seg": 125_088, "rec": 125_088}),
         # A second window: 16 x 4 x 4 weights more in the embedding, 16 weights and a bias more in the output.
-        ("demo", 2, {"encoder": 575_294, "cls": 129, "seg": 125_088, "rec": 125_105}),
+        ("demo", 2, {"encoder": 575_294, "cls": 385, "seg": 125_088, "rec": 125_105}),
     ],
 )
 def test_sizes_and_groups(variant: str, windows: int, expected: dict[str, int]) -> None:
@@ -163,7 +179,7 @@ def test_sizes_and_groups(variant: str, windows: int, expected: dict[str, int]) 
 
 @torch.no_grad()
 def test_a_slice_is_predicted_alone() -> None:
-    model = MultiTaskSwin(DEMO).train()
+    model = MultiTaskSwin(DEMO).eval()
     image = torch.rand(3, 1, 96, 96)
     together, alone = model(image), model(image[1:2])
     torch.testing.assert_close(together.hypodensity[1:2], alone.hypodensity, rtol=1e-4, atol=1e-5)
@@ -185,3 +201,29 @@ def test_a_decoder_that_is_not_asked_for_is_not_computed() -> None:
     assert alone.reconstruction is None
     torch.testing.assert_close(alone.hypodensity, whole.hypodensity)
     assert model.last_shared() is dict(model.named_parameters())["encoder.layers.3.blocks.1.mlp.fc2.weight"]
+
+
+def test_the_head_normalises_over_the_batch_and_remembers() -> None:
+    head = ClassificationHead(3).train()
+    x_BD = torch.tensor([[100.0, 0.0, 5.0], [100.2, 1.0, 5.0], [100.1, 2.0, 5.0]])
+    weight, bias = head.weight.detach(), head.bias.detach()
+    expected = (x_BD - x_BD.mean(0)) / (x_BD.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(head(x_BD), expected @ weight.T + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.norm.running_mean, 0.1 * x_BD.mean(0))
+    seen = (x_BD - head.norm.running_mean) / (head.norm.running_var + 1e-5).sqrt()
+    torch.testing.assert_close(head.eval()(x_BD), seen @ weight.T + bias)
+
+
+def test_flat_patches_of_different_brightness_differ_before_training() -> None:
+    """The norm after the patch embedding removes a patch's scale; only a bias keeps how bright it is."""
+    model = MultiTaskSwin(DEMO).eval()
+    levels = torch.tensor([0.55, 0.75, 0.95])[:, None, None, None].expand(3, 1, 96, 96)
+    tokens_BYXD = model.encoder.patch_embed((levels - IMAGE_MEAN) / IMAGE_SD)
+    assert (tokens_BYXD[0] - tokens_BYXD[1]).abs().mean() > 0.1
+    assert (tokens_BYXD[1] - tokens_BYXD[2]).abs().mean() > 0.03
+
+
+def test_a_whole_model_loads_from_plain_tensors() -> None:
+    one, two = MultiTaskSwin(DEMO), MultiTaskSwin(DEMO)
+    two.load_state_dict({name: tensor.clone() for name, tensor in one.state_dict().items()})
+    assert torch.equal(one.cls.weight, two.cls.weight)
