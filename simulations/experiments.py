@@ -59,7 +59,7 @@ class Arm:
     name: str
     mode: str = "pooled"
     config: dict[str, object] = field(default_factory=dict)
-    steps: int = 1000
+    steps: int = 1500
     consortium: str = "hospitals"
     hospitals: tuple[int, ...] = ()
     heads: str = "average"
