@@ -102,8 +102,8 @@ class TrainSettings:
     epochs: int = 2
     batch: int = 16
     optimiser: str = "muon"
-    learning_rate: float = 1e-3
-    matrix_rate: float = 0.02
+    learning_rate: float = 5e-4
+    matrix_rate: float = 0.007
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip_norm: float = 1.0
