@@ -11,16 +11,18 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, enforce, metrics_refusal
+from client.audit import AuditError, contents, record
+from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, admit, enforce, metrics_refusal
 from client.train import Learner, LocalState, TrainError, build_learner, round_seed, train_round, training_inputs
-from shared.config import ConfigError, RunConfig, parse_config
+from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
 from shared.scoring import best_device, build_model, score_slices
@@ -40,39 +42,65 @@ from shared.wire import (
 log = logging.getLogger("hemafed.client")
 
 # Their texts are written to be read at the server: no patient, no path.
-_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, MetricsError)
+_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, MetricsError, AuditError)
 _CLOSED = {
     SiteError: "the site.yaml of this node cannot be used; the site's own log has the cause",
     CacheError: "the slice cache of this site cannot be used: run 'hemafed-client ingest' there; its own log has the cause",
 }
 REFUSED, FAILED = 1001, 1002  # error codes of ours; Flower's own are below 100
 MOST_REPLICATES = 2000  # 32 MB of counts
+HELLO = "query.hello"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def way_out(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower mod around every handler: the last code before a reply leaves the hospital.
+    """Flower mod around every handler: the first code that sees a message, and the last before a reply leaves the hospital.
 
+    What is asked must be what the hospital's policy accepts, what is answered what it releases, and both stand in its audit
+    log before anything leaves.
     A handler that returned nothing or a reply that could not be made would block the hospital's Flower node for all
     later runs, so there is a reply in every case.
     """
+    site = None
     try:
         site = find_site(context)
+        kind = message.metadata.message_type
+        if kind != HELLO:
+            admit(site, parse_config(context.run_config), trains=kind == MessageType.TRAIN, now=datetime.now())
         reply = call_next(message, context)
         enforce(site, reply.content)
+        asked = _asked(message, context)
+        # Written before it leaves: what cannot be recorded does not.
+        reply.content[FACTS]["audit"] = record(site.state, "released", asked | contents(reply.content))
         return reply
     except _SPEAKING as error:
         log.error("refused: %s", error)
-        return Message(Error(REFUSED, str(error)), reply_to=message)
+        code, reason = REFUSED, str(error)
     except (SiteError, CacheError) as error:  # these name folders, or what stands in a wrong file
         log.error("refused: %s", error)
-        return Message(
-            Error(REFUSED, str(error) if "site" not in context.node_config else _CLOSED[type(error)]), reply_to=message
-        )
+        code, reason = REFUSED, str(error) if "site" not in context.node_config else _CLOSED[type(error)]
     except Exception as error:  # its text may hold anything, so it stays here
         log.exception("failed")
+        code = FAILED
         reason = f"{type(error).__name__} while answering {message.metadata.message_type!r}; the site's own log has the cause"
-        return Message(Error(FAILED, reason), reply_to=message)
+    if site is not None:
+        try:
+            record(site.state, "refused", _asked(message, context) | {"reason": reason})
+        except AuditError as error:
+            log.error("%s", error)
+    return Message(Error(code, reason), reply_to=message)
+
+
+def _asked(message: Message, context: Context) -> dict[str, object]:
+    """What the server asked, for the audit log: its run, the kind of message and the run config where it is not the default."""
+    order = message.content.get("config", {}) if message.has_content() else {}
+    default = RunConfig().flat()
+    return {
+        "flower_run": str(message.metadata.run_id),
+        "asked": message.metadata.message_type,
+        "order": {key: value for key, value in order.items() if isinstance(value, Scalar)},
+        "config": {key: value for key, value in context.run_config.items() if default.get(key) != value},
+    }
 
 
 app = ClientApp(mods=[way_out])
@@ -120,6 +148,10 @@ def train(message: Message, context: Context) -> Message:
         raise TrainError(f"site {site.name!r} has role {site.role!r} and does not train; only role 'train' does")
     order = message.content["config"]
     round_number, run = int(order["server-round"]), _run_name(order["run"])
+    if (
+        not 1 <= round_number <= config.federation.rounds
+    ):  # rounds are bounded by the policy, so they must be the config's
+        raise TrainError(f"round {round_number} of a run of {config.federation.rounds} rounds (federation.rounds)")
     inputs = training_inputs(cache, config, site.name)
     learner, state, _ = _local_learner(site, config, run, before=round_number)
     model = learner.model
@@ -136,7 +168,7 @@ def train(message: Message, context: Context) -> Message:
         site=site.name,
         round_number=round_number,
         proximal_mu=float(order.get("proximal-mu", 0.0)),
-        progress=log.info,
+        progress=lambda line: _between_epochs(site, config, line),
     )
     state.save(learner, round_number)
     patients = min(len(np.unique(cache.patient[cache.rows("train")])), tally.patients)
@@ -148,6 +180,12 @@ def train(message: Message, context: Context) -> Message:
         update=to_record(to_arrays(model.state_dict(), groups_shared(config.federation.share))),
         tally=tally_to_record(tally),
     )
+
+
+def _between_epochs(site: Site, config: RunConfig, line: str) -> None:
+    """Training that began inside of the hospital's hours stops with the first epoch that ends after them."""
+    log.info(line)
+    admit(site, config, trains=True, now=datetime.now())
 
 
 @app.query("heads")
@@ -244,7 +282,7 @@ def _reply(
     """A reply; numbers that the policy holds back are left out and the reason is put in their place."""
     content = RecordDict()
     refusal = metrics_refusal(site, int(metrics[PATIENTS])) if metrics else ""
-    content[FACTS] = ConfigRecord({**facts, "withheld": refusal})
+    content[FACTS] = ConfigRecord({**facts, "withheld": refusal, "audit": ""})
     if update is not None:
         content[UPDATE] = update
     if metrics and not refusal:

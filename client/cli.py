@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from client.dicom import Fault, silence_readers
 from client.ingest import IngestError, IngestReport, ingest
-from shared.site import SiteError, read_site
+from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What a hospital does with its own data.")
@@ -95,6 +96,58 @@ def find_command(
     if found < len(set(codes)):
         say(f"{len(set(codes)) - found} codes are not of this folder as it is now; run the report again")
         raise typer.Exit(1)
+
+
+@app.command("audit")
+def audit_command(
+    site_yaml: SiteFile,
+    check: Annotated[bool, typer.Option("--verify", help="check the chain, show no entries")] = False,
+    known: Annotated[list[str] | None, typer.Option(help="a hash that the coordinating centre received")] = None,
+) -> None:
+    """Show what the hospital was asked and what left, or check that the record is whole.
+
+    Ends with 0 if it is, 1 if a line was changed, removed or added.
+    """
+    from client.audit import verify
+
+    try:
+        site = read_site(site_yaml)
+    except SiteError as error:
+        raise refuse(error, 2) from error
+    if not check:
+        for line in audit_lines(site):
+            say(line)
+    verdict = verify(site.state, tuple(known or ()))
+    for fault in verdict.faults:
+        say(f"fault: {fault}")
+    whole = "changed" if verdict.faults else "whole"
+    say(f"{site.name}: {verdict.entries} entries, the record is {whole}; its newest hash is {verdict.newest}")
+    raise typer.Exit(1 if verdict.faults else 0)
+
+
+def audit_lines(site: Site) -> Iterator[str]:
+    """A line for each entry."""
+    from client.audit import read_entries
+
+    for number, _, entry in read_entries(site.state):
+        if entry is None:
+            yield f"{number}: no entry"
+            continue
+        order = entry.get("order", {})
+        asked = f" {entry['asked']}" if "asked" in entry else ""
+        asked += f" round {order['server-round']}" if "server-round" in order else ""
+        asked += f" of run {order['run']}" if "run" in order else ""
+        left = []
+        for name, content in entry.items():
+            if isinstance(content, dict) and "tensors" in content:
+                size = sum(size for _, _, size, _ in content["tensors"])
+                left.append(
+                    f"{name}: {len(content['tensors'])} tensors, {size:,} bytes, sha256 {content['sha256'][:12]}"
+                )
+            elif name in ("metrics", "facts"):
+                left.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value != ""))
+        told = entry.get("reason") or "; ".join(left)
+        yield f"{number}: {entry['time']} {entry['event']}{asked}" + (f": {told}" if told else "")
 
 
 @app.command("import")

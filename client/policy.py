@@ -1,14 +1,18 @@
-"""The hospital's own rule on what may leave, enforced on the outgoing message.
+"""The hospital's own rule on what may run in it and what may leave, enforced on messages in both directions.
 
-This is the last thing that touches a reply before Flower sends it: whatever the code before it did, a tensor of a
-group that site.yaml does not release, or a number that stands for too few patients, does not pass. No server,
-run config or message can change the policy; it is read from the hospital's own file.
+`admit` is asked before anything is computed: a run config outside of what site.yaml accepts, or training outside of its
+hours, is refused. `enforce` is the last thing that touches a reply before Flower sends it: whatever the code before it
+did, a tensor of a group that site.yaml does not release, or a number that stands for too few patients, does not pass. No
+server, run config or message can change the policy; it is read from the hospital's own file.
 """
 
 from __future__ import annotations
 
+from datetime import datetime, time
+
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from shared.config import RunConfig
 from shared.site import Site
 from shared.wire import group
 
@@ -16,11 +20,45 @@ from shared.wire import group
 UPDATE, TALLY, METRICS, FACTS = "update", "tally", "metrics", "facts"
 PATIENTS = "patients"  # key in METRICS and in TALLY: how many patients the reply's numbers stand for
 RECORDS = {UPDATE: ArrayRecord, TALLY: ArrayRecord, METRICS: MetricRecord, FACTS: ConfigRecord}
-PUBLIC_FACTS = {"site", "role", "weight", "protocol", "withheld"}
+PUBLIC_FACTS = {"site", "role", "weight", "protocol", "withheld", "audit"}
 
 
 class PolicyError(PermissionError):
     """The server asked for something that the hospital does not release; the text may reach the server."""
+
+
+def admit(site: Site, config: RunConfig, trains: bool, now: datetime) -> None:
+    """Check what the hospital is asked to do, before it is done.
+
+    Args:
+      site: whose policy.
+      config: of the run.
+      trains: whether it is training that is asked for.
+      now: the hospital's local time.
+    Raises:
+      PolicyError: a key of the run config has a value that policy.accept excludes, or training is not allowed at this hour.
+    """
+    flat = config.flat()
+    for key, bound in site.policy.accept:
+        value = flat[key]
+        if not bound.admits(value):
+            raise PolicyError(
+                f"site {site.name!r} refuses runs with {key} = {value!r}: its policy.accept takes {bound.text()}; start the run "
+                "with such a value, or ask the site to change its site.yaml"
+            )
+    hours = site.policy.hours
+    if trains and hours is not None and not within_hours(hours, now):
+        raise PolicyError(
+            f"site {site.name!r} trains between {hours[0]:%H:%M} and {hours[1]:%H:%M} of its own time only (policy.hours), and it "
+            f"is {now:%H:%M} there"
+        )
+
+
+def within_hours(hours: tuple[time, time], now: datetime) -> bool:
+    """Whether a moment lies from the first hour to before the second; they may span midnight."""
+    start, end = hours
+    moment = now.time()
+    return start <= moment < end if start <= end else moment >= start or moment < end
 
 
 def metrics_refusal(site: Site, patients: int) -> str:

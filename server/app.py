@@ -201,7 +201,14 @@ def describe_round(number: int, result: RoundResult) -> dict:
                 "val_dice_before": float(site.tally.dice_sum[0] / max(site.tally.dice_slices[0], 1)),
             }
         seconds = {"seconds": site.metrics["seconds"]} if "seconds" in site.metrics else {}
-        sites[name] = {"weight": site.weight, "bytes_up": site.bytes_up, **seconds, **losses, **validation}
+        sites[name] = {
+            "weight": site.weight,
+            "bytes_up": site.bytes_up,
+            "audit": site.audit,
+            **seconds,
+            **losses,
+            **validation,
+        }
     return {
         "round": number,
         "time": time.time(),

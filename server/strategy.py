@@ -80,12 +80,14 @@ class SiteRound:
       bytes_up: size of its tensors and counts.
       metrics: loss sums, steps, seconds; empty if withheld.
       tally: counts of validation scores of the global encoder that the round began with; None if withheld.
+      audit: newest hash of the site's audit log, before it sent this; kept so that the site cannot shorten its log.
     """
 
     weight: float
     bytes_up: int
     metrics: dict[str, float]
     tally: Tally | None
+    audit: str = ""
 
 
 @dataclass(frozen=True)
@@ -277,14 +279,14 @@ def _read_update(
 ) -> tuple[SiteRound, Tensors]:
     """One reply, checked."""
     content = content_of(reply, settings.round_timeout_s)
-    said = part_of(content, "facts", ConfigRecord).get("site")
-    if said != name:
-        raise UpdateError(f"the reply says that it is from site {said!r}")
+    facts = part_of(content, "facts", ConfigRecord)
+    if facts.get("site") != name:
+        raise UpdateError(f"the reply says that it is from site {facts.get('site')!r}")
     update = from_record(part_of(content, "update", ArrayRecord), expected)
     metrics = read_metrics(content)
     tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
     sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
-    return SiteRound(weight, sent, metrics, tally), update
+    return SiteRound(weight, sent, metrics, tally, str(facts.get("audit", ""))[:64]), update
 
 
 def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: Tensors) -> dict:

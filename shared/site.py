@@ -12,10 +12,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from shared.config import RunConfig, Scalar
 
 ROLES = ("train", "held-out", "development")
 TENSOR_GROUPS = ("encoder", "cls", "seg", "rec")
@@ -26,18 +29,57 @@ class SiteError(ValueError):
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The values of one run config key that a hospital accepts.
+
+    Attributes:
+      low, high: of a number; either end may be open (None).
+      choices: of anything; () where low and high decide.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Scalar, ...] = ()
+
+    def admits(self, value: Scalar) -> bool:
+        """Whether a value lies within."""
+        if self.choices:
+            return value in self.choices
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def text(self) -> str:
+        """For the sentence "the site accepts ..."."""
+        if self.choices:
+            return "only " + ", ".join(map(repr, self.choices))
+        ends = [] if self.low is None else [f"at least {self.low:g}"]
+        return " and ".join(ends + ([] if self.high is None else [f"at most {self.high:g}"]))
+
+
+# What no hospital accepts that says nothing about it: a run that would hold its machine for months.
+ACCEPT = (("federation.rounds", Bound(high=1000)), ("train.epochs", Bound(high=50)))
+INSTALLED = "installed"  # policy.app: the code that the hospital installed
+
+
+@dataclass(frozen=True)
 class Policy:
-    """What may leave the hospital.
+    """What may leave the hospital, and what may run in it.
 
     Attributes:
       release: tensor groups, of TENSOR_GROUPS.
       metrics: whether counts and losses may leave.
       min_patients: no number leaves that stands for fewer patients.
+      accept: run config keys and the values that are accepted; a run with another is refused. Defaults are ACCEPT's.
+      hours: from and to, the hospital's local time, between which training may run, past midnight too; None is always.
+      app: INSTALLED, or the hash of other code that the hospital reviewed (`hemafed-client app` shows it); code with
+        another hash is not run. A simulation, which has one copy of the code, does not look.
     """
 
     release: tuple[str, ...] = ("encoder",)
     metrics: bool = True
     min_patients: int = 10
+    accept: tuple[tuple[str, Bound], ...] = ACCEPT
+    hours: tuple[time, time] | None = None
+    app: str = INSTALLED
 
 
 @dataclass(frozen=True)
@@ -115,7 +157,7 @@ def read_site(path: Path) -> Site:
         path,
         "policy.",
         {} if top.get("policy") is None else top["policy"],
-        {"release", "metrics", "min_patients"},
+        {"release", "metrics", "min_patients", "accept", "hours", "app"},
         set(),
     )
 
@@ -210,4 +252,51 @@ def _policy(path: Path, rules: Mapping[str, Any]) -> Policy:
         release=tuple(release),
         metrics=_typed(path, "policy.metrics", rules.get("metrics", default.metrics), bool),
         min_patients=min_patients,
+        accept=tuple(sorted((dict(ACCEPT) | _accept(path, rules.get("accept"))).items())),
+        hours=_hours(path, rules.get("hours")),
+        app=_app(path, rules.get("app", default.app)),
     )
+
+
+def _accept(path: Path, value: Any) -> dict[str, Bound]:
+    """policy.accept: run config key -> {min, max} or a list of values."""
+    known = RunConfig().flat()
+    content = _section(path, "policy.accept.", {} if value is None else value, set(known), set())
+    bounds = {}
+    for key, rule in content.items():
+        what, numbers = f"policy.accept.{key}", isinstance(known[key], int | float) and not isinstance(known[key], bool)
+        if isinstance(rule, Mapping) and numbers:
+            ends = _section(path, f"{what}.", rule, {"min", "max"}, set())
+            low, high = (
+                None if ends.get(end) is None else float(_typed(path, f"{what}.{end}", ends[end], (int, float)))
+                for end in ("min", "max")
+            )
+            bounds[key] = Bound(low, high)
+        else:
+            kinds = (int, float) if numbers else type(known[key])
+            choices = _typed(path, what, rule, list)
+            bounds[key] = Bound(choices=tuple(_typed(path, what, one, kinds) for one in choices))
+        if bounds[key] == Bound():
+            raise SiteError(f"{path}: {what} is {rule!r}, expected values, such as [1, 2], or {{min: 1, max: 5}}")
+    return bounds
+
+
+def _hours(path: Path, value: Any) -> tuple[time, time] | None:
+    """policy.hours: "19:00-06:30"."""
+    if value is None:
+        return None
+    try:
+        start, end = (time.fromisoformat(part.strip()) for part in _typed(path, "policy.hours", value, str).split("-"))
+    except ValueError as error:
+        raise SiteError(f"{path}: policy.hours is {value!r}, expected such as '19:00-06:30'") from error
+    return start, end
+
+
+def _app(path: Path, value: Any) -> str:
+    """policy.app: "installed" or 64 hexadecimal digits."""
+    app = _typed(path, "policy.app", value, str)
+    if app != INSTALLED and not re.fullmatch(r"[0-9a-f]{64}", app):
+        raise SiteError(
+            f"{path}: policy.app is {app!r}, expected 'installed' or the 64 digits that `hemafed-client app` shows"
+        )
+    return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import FAILED, REFUSED, app
+from client.audit import read_entries, verify
 from shared.config import parse_config
 from shared.scoring import build_model
 from shared.wire import to_arrays, to_record
@@ -39,7 +41,9 @@ def train_order(**keys: object) -> RecordDict:
 
 def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
     reply = ask({"site": str(hospitals.files[NAME])}, "query.hello")
-    assert dict(reply.content["facts"]) == {"site": NAME, "role": "train", "weight": 1.0, "protocol": 1, "withheld": ""}
+    facts = dict(reply.content["facts"])
+    assert len(facts.pop("audit")) == 64
+    assert facts == {"site": NAME, "role": "train", "weight": 1.0, "protocol": 1, "withheld": ""}
     cache = hospitals.cache(NAME)
     counts = dict(reply.content["metrics"])
     assert counts["slices"] == len(cache.label)
@@ -124,6 +128,74 @@ def test_a_wrong_file_as_site_tells_the_server_nothing_of_it(hospitals: SmallHos
     assert reply.error.code == REFUSED
     assert "2.25." not in reply.error.reason
     assert str(labels.parent) not in reply.error.reason
+
+
+def audit_entries(hospitals: SmallHospitals) -> list[dict]:
+    state = hospitals.site(NAME).state
+    assert verify(state).faults == ()
+    return [entry for _, _, entry in read_entries(state)]
+
+
+@pytest.mark.parametrize(
+    ("accept", "change", "rule"),
+    [
+        ({}, {"train.epochs": 10_000}, "train.epochs = 10000: its policy.accept takes at most 50"),
+        ({}, {"federation.rounds": 100_000}, "federation.rounds = 100000"),
+        ({"train.learning_rate": {"max": 1e-4}}, {"train.learning_rate": 0.1}, "at most 0.0001"),
+        ({"model.variant": ["default", "tiny"]}, {}, "model.variant = 'demo': its policy.accept takes only 'default'"),
+    ],
+)
+def test_a_run_outside_of_the_policy_is_refused_and_recorded(
+    copied_hospitals: SmallHospitals, accept: dict, change: dict, rule: str
+) -> None:
+    edit_site(copied_hospitals.files[NAME], policy={"accept": accept})
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order(), small_config() | change)
+    assert reply.error.code == REFUSED
+    assert rule in reply.error.reason
+    assert not (copied_hospitals.site(NAME).state / "runs").exists()
+    entry = audit_entries(copied_hospitals)[-1]
+    assert (entry["event"], entry["asked"], entry["reason"]) == ("refused", "train", reply.error.reason)
+    assert change.items() <= entry["config"].items()
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_round_that_the_run_does_not_have_is_refused(copied_hospitals: SmallHospitals, number: int) -> None:
+    order = train_order(**{"server-round": number})
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", order, small_config(federation__rounds=2))
+    assert f"round {number} of a run of 2 rounds" in reply.error.reason
+
+
+def test_training_outside_of_the_hospitals_hours_is_refused_and_testing_is_not(
+    copied_hospitals: SmallHospitals,
+) -> None:
+    later = datetime.now() + timedelta(hours=2)
+    hours = f"{later:%H:%M}-{later + timedelta(hours=1):%H:%M}"
+    edit_site(copied_hospitals.files[NAME], policy={"hours": hours, "min_patients": 1})
+    node = {"site": str(copied_hospitals.files[NAME])}
+    assert "policy.hours" in ask(node, "train", train_order()).error.reason
+    order = ConfigRecord({"split": "test", "replicates": 10})
+    arrays = {"arrays": model_record(("encoder",)), "heads-average": model_record(HEADS)}
+    assert not ask(node, "evaluate", RecordDict({**arrays, "config": order})).has_error()
+
+
+def test_what_left_stands_in_the_audit_log(copied_hospitals: SmallHospitals) -> None:
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
+    entry = audit_entries(copied_hospitals)[-1]
+    assert entry["hash"] == reply.content["facts"]["audit"]
+    assert (entry["event"], entry["order"]) == ("released", {"server-round": 1, "run": "test"})
+    sent = {name: [list(array.shape), len(array.data)] for name, array in reply.content["update"].items()}
+    assert {name: [shape, size] for name, shape, size, _ in entry["update"]["tensors"]} == sent
+    assert entry["metrics"] == dict(reply.content["metrics"])
+
+
+def test_nothing_leaves_that_cannot_be_recorded(copied_hospitals: SmallHospitals) -> None:
+    log = copied_hospitals.site(NAME).state / "audit.jsonl"
+    log.unlink(missing_ok=True)
+    log.mkdir()
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
+    assert reply.error.code == REFUSED
+    assert "audit log cannot be written" in reply.error.reason
+    assert not reply.has_content()
 
 
 @pytest.mark.parametrize(("split", "replicates"), [("train", 10), ("test", 10**9), ("test", -1)])

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from client.audit import record
 from client.cli import app, report_text
 from client.dicom import Fault
 from client.ingest import IngestReport
@@ -108,6 +109,26 @@ def test_reasons_are_counted() -> None:
         "  left out 2: torn (b, c)",
         "  left out 1: blurred (a)",
     ]
+
+
+def test_the_audit_log_is_shown_and_checked(copied_hospitals: SmallHospitals) -> None:
+    file, state = copied_hospitals.files["hospital-01"], copied_hospitals.site("hospital-01").state
+    (state / "audit.jsonl").unlink(missing_ok=True)
+    asked = {"asked": "train", "order": {"server-round": 3, "run": "study"}}
+    tensors = [["encoder.a", [2], 136, 5.0], ["encoder.b", [2], 136, 1.0]]
+    first = record(state, "released", asked | {"update": {"tensors": tensors, "sha256": "ab" * 32}})
+    record(state, "refused", asked | {"reason": "policy.hours"})
+    status, text = run("audit", file)
+    assert status == 0
+    assert "released train round 3 of run study: update: 2 tensors, 272 bytes, sha256 abababababab" in text
+    assert "refused train round 3 of run study: policy.hours" in text
+    assert "2 entries, the record is whole" in text
+    assert run("audit", file, "--verify", "--known", first)[0] == 0
+    log = state / "audit.jsonl"
+    log.write_text(log.read_text().replace("policy.hours", "nothing"))
+    status, text = run("audit", file, "--verify")
+    assert status == 1
+    assert "fault: line 2 was changed" in text
 
 
 def test_without_a_command_there_is_help() -> None:

@@ -1,15 +1,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from client.policy import FACTS, METRICS, PATIENTS, TALLY, UPDATE, PolicyError, enforce, metrics_refusal
+from client.policy import (
+    FACTS,
+    METRICS,
+    PATIENTS,
+    TALLY,
+    UPDATE,
+    PolicyError,
+    admit,
+    enforce,
+    metrics_refusal,
+    within_hours,
+)
+from shared.config import parse_config
 from shared.metrics import Scores, tally_scores
-from shared.site import Policy, Site
+from shared.site import Bound, Policy, Site
 from shared.wire import tally_to_record, to_record
 
 
@@ -152,3 +165,48 @@ def test_every_fact_of_a_reply_passes_without_metrics() -> None:
     }
     content = RecordDict({FACTS: ConfigRecord(facts), UPDATE: update("encoder.a")})
     assert enforce(site(metrics=False), content) is content
+
+
+NOON = datetime(2026, 3, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("bound", "epochs", "passes"),
+    [
+        (Bound(high=5), 5, True),
+        (Bound(high=5), 6, False),
+        (Bound(low=2, high=5), 1, False),
+        (Bound(low=2), 100, True),
+        (Bound(choices=(1, 3)), 3, True),
+        (Bound(choices=(1, 3)), 2, False),
+    ],
+)
+def test_a_run_is_admitted_within_bounds(bound: Bound, epochs: int, passes: bool) -> None:
+    config, asked = parse_config({"train.epochs": epochs}), site(accept=(("train.epochs", bound),))
+    if passes:
+        admit(asked, config, True, NOON)
+    else:
+        with pytest.raises(PolicyError, match=rf"train.epochs = {epochs}: its policy.accept takes"):
+            admit(asked, config, True, NOON)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "now", "within"),
+    [
+        (time(8), time(18), time(12), True),
+        (time(8), time(18), time(18), False),
+        (time(19), time(6, 30), time(23), True),
+        (time(19), time(6, 30), time(2), True),
+        (time(19), time(6, 30), time(6, 30), False),
+        (time(19), time(6, 30), time(12), False),
+    ],
+)
+def test_hours_may_span_midnight(start: time, end: time, now: time, within: bool) -> None:
+    assert within_hours((start, end), datetime.combine(NOON, now)) is within
+
+
+def test_hours_hold_for_training_only() -> None:
+    asleep = site(hours=(time(19), time(6, 30)))
+    admit(asleep, parse_config({}), False, NOON)
+    with pytest.raises(PolicyError, match=r"between 19:00 and 06:30 .* it is 12:00 there"):
+        admit(asleep, parse_config({}), True, NOON)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import re
+from datetime import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from shared.site import Policy, SiteError, read_site
+from shared.site import ACCEPT, Bound, Policy, SiteError, read_site
 
 
 def content(**changes: object) -> dict[str, object]:
@@ -57,6 +58,23 @@ def test_what_need_not_be_said(tmp_path: Path) -> None:
     assert site.state == (tmp_path / "state").resolve()
     # The careful choice is the one that nobody made: encoder only, ten patients.
     assert site.policy == Policy(("encoder",), metrics=True, min_patients=10)
+
+
+def test_what_a_hospital_lets_run(tmp_path: Path) -> None:
+    accept = {
+        "train.epochs": {"min": 1, "max": 3},
+        "train.learning_rate": {"max": 0.01},
+        "model.variant": ["default", "tiny"],
+    }
+    rules = {"accept": accept, "hours": "19:00-06:30"}
+    policy = read_site(write_site(tmp_path, content(policy=rules))).policy
+    assert policy.hours == (time(19), time(6, 30))
+    assert dict(policy.accept) == dict(ACCEPT) | {
+        "train.epochs": Bound(1, 3),
+        "train.learning_rate": Bound(high=0.01),
+        "model.variant": Bound(choices=("default", "tiny")),
+    }
+    assert Bound(1, 3).text() == "at least 1 and at most 3"
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +142,24 @@ def test_a_missing_file(tmp_path: Path) -> None:
         (content(policy={"min_patients": 0}), "policy.min_patients is 0, expected at least 1"),
         (content(policy={"min_patients": True}), r"'policy.min_patients' is True \(bool\), expected int"),
         (content(policy={"min_patients": 2.5}), r"'policy.min_patients' is 2.5 \(float\), expected int"),
+        (content(policy={"accept": {"train.epoch": {"max": 1}}}), "did you mean 'policy.accept.train.epochs'"),
+        (content(policy={"accept": {"train.epochs": {"maximum": 1}}}), "did you mean 'policy.accept.train.epochs.max'"),
+        (
+            content(policy={"accept": {"train.epochs": {"max": "5"}}}),
+            r"'policy.accept.train.epochs.max' is '5' \(str\)",
+        ),
+        (content(policy={"accept": {"train.epochs": {}}}), r"policy.accept.train.epochs is \{\}, expected values"),
+        (content(policy={"accept": {"train.epochs": []}}), r"policy.accept.train.epochs is \[\], expected values"),
+        (
+            content(policy={"accept": {"model.variant": {"max": 1}}}),
+            r"'policy.accept.model.variant' is .*expected list",
+        ),
+        (
+            content(policy={"accept": {"model.variant": [1]}}),
+            r"'policy.accept.model.variant' is 1 \(int\), expected str",
+        ),
+        (content(policy={"hours": "night"}), "policy.hours is 'night', expected such as '19:00-06:30'"),
+        (content(policy={"hours": "19:00-25:00"}), "policy.hours is '19:00-25:00'"),
         (content(policy="strict"), "policy is a str, expected a mapping"),
         (content(policy=[]), "policy is a list, expected a mapping"),
         (content(policy=False), "policy is a bool, expected a mapping"),

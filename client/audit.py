@@ -1,0 +1,171 @@
+"""The hospital's own record of what it was asked and what left: append-only, each entry chained to the one before.
+
+One JSON object per line in `audit.jsonl` of the site's state folder. An entry's hash covers its content and the hash of the
+entry before, so that whoever changes, inserts or removes a line breaks every hash after it. Removing the last lines breaks
+nothing, so the newest hash goes to the coordinating centre with every reply: an older one that the centre kept must be
+found in the chain. Nothing of a patient stands here: names, shapes, sizes and norms of what left, and refusals.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from flwr.app import ArrayRecord, RecordDict
+
+FILE = "audit.jsonl"
+START = "0" * 64  # what the first entry is chained to
+CUT = "cut line"  # entry that follows a line which a crash or a full disk left unfinished
+_TAIL = 1 << 20  # an entry is far shorter
+
+
+class AuditError(RuntimeError):
+    """The audit log cannot be written, so nothing may leave; the text may reach the server."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a look at an audit log found.
+
+    Attributes:
+      entries: whole entries.
+      newest: hash of the last one; START of an empty log.
+      faults: what is wrong, a sentence each with the line's number.
+    """
+
+    entries: int
+    newest: str
+    faults: tuple[str, ...]
+
+
+def record(folder: Path, event: str, facts: Mapping[str, object]) -> str:
+    """Append an entry, on disk when this returns.
+
+    Args:
+      folder: the site's state folder.
+      event: such as "released" or "refused".
+      facts: JSON-ready content of the entry; nothing of a patient.
+    Returns:
+      The entry's hash, 64 hexadecimal digits.
+    Raises:
+      AuditError: it cannot be written; the folder's place is not told.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / FILE, "ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: two messages may be answered at a time
+            before, unfinished, cut = _end(file)
+            text = "\n" if unfinished else ""
+            if cut:
+                whole = {"cut_bytes": len(cut), "cut_sha256": hashlib.sha256(cut).hexdigest()}
+                before, line = _entry(before, CUT, whole)
+                text += line
+            newest, line = _entry(before, event, facts)
+            file.write((text + line).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise AuditError(
+            f"the site's audit log cannot be written ({error.strerror}), so nothing leaves; the site must make room or "
+            "correct the rights of its state folder"
+        ) from error
+    return newest
+
+
+def _entry(before: str, event: str, facts: Mapping[str, object]) -> tuple[str, str]:
+    """Hash and line of a new entry."""
+    content = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts, "before": before}
+    newest = _hash(content)
+    return newest, json.dumps(content | {"hash": newest}, sort_keys=True) + "\n"
+
+
+def _hash(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _end(file: BinaryIO) -> tuple[str, bool, bytes]:
+    """Hash of the last whole entry, whether its file ends within a line, and what stands in that line if it is no entry."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL))
+    *lines, last = file.read().split(b"\n")
+    whole = [entry for entry in map(_parsed, [*lines, last]) if entry is not None]
+    before = str(whole[-1]["hash"]) if whole else START
+    return before, bool(last), b"" if _parsed(last) else last
+
+
+def _parsed(line: bytes) -> dict | None:
+    """An entry, or None for a line that is none."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "hash" in entry else None
+
+
+def read_entries(folder: Path) -> Iterator[tuple[int, bytes, dict | None]]:
+    """Line number from 1, the line, and its entry or None where it is none."""
+    path = folder / FILE
+    if path.is_file():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.rstrip(b"\n"), _parsed(line)
+
+
+def verify(folder: Path, known: tuple[str, ...] = ()) -> Verdict:
+    """Check an audit log's chain.
+
+    Args:
+      folder: the site's state folder.
+      known: hashes that the coordinating centre received; each must be in the chain.
+    """
+    before, entries, faults, unread, hashes = START, 0, [], b"", set()
+    for number, line, entry in read_entries(folder):
+        if entry is None:
+            if unread:
+                faults.append(f"line {number - 1} is no entry")
+            unread = line
+            continue
+        explained = (
+            entry.get("event") == CUT
+            and entry.get("cut_bytes") == len(unread)
+            and entry.get("cut_sha256") == hashlib.sha256(unread).hexdigest()
+        )
+        if unread and not explained:
+            faults.append(f"line {number - 1} is no entry")
+        unread = b""
+        content = {key: value for key, value in entry.items() if key != "hash"}
+        if _hash(content) != entry["hash"]:
+            faults.append(f"line {number} was changed: its hash is not that of its content")
+        if entry.get("before") != before:
+            faults.append(f"line {number} does not follow the entry before it: a line was removed, added or moved")
+        before, entries = str(entry["hash"]), entries + 1
+        hashes.add(before)
+    if unread:
+        faults.append("the last line is unfinished; the next entry will say so")
+    missing = [one for one in known if one not in hashes]
+    faults += [f"no entry with the hash {one[:12]}… that the centre received: lines were removed" for one in missing]
+    return Verdict(entries, before, tuple(faults))
+
+
+def contents(content: RecordDict) -> dict[str, object]:
+    """What a reply holds, for its entry: names, shapes, bytes, norms and a hash of tensors; numbers and facts as they are."""
+    described: dict[str, object] = {}
+    for name, record in sorted(content.items()):
+        if isinstance(record, ArrayRecord):
+            whole, tensors = hashlib.sha256(), []
+            for key, array in record.items():
+                whole.update(key.encode() + b"\0" + array.data)
+                norm = float(np.linalg.norm(array.numpy().astype(np.float64)))
+                tensors.append([key, list(array.shape), len(array.data), float(f"{norm:.6g}")])
+            described[name] = {"tensors": tensors, "sha256": whole.hexdigest()}
+        else:
+            described[name] = {key: value for key, value in record.items() if not isinstance(value, bytes)}
+    return described
