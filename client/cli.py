@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from client.dicom import Fault, silence_readers
 from client.ingest import IngestError, IngestReport, ingest
+from shared.enrol import EnrolError
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 
@@ -148,6 +149,67 @@ def audit_lines(site: Site) -> Iterator[str]:
                 left.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value != ""))
         told = entry.get("reason") or "; ".join(left)
         yield f"{number}: {entry['time']} {entry['event']}{asked}" + (f": {told}" if told else "")
+
+
+@app.command("init")
+def init_command(
+    invitation: Annotated[Path, typer.Argument(help="the file that the centre sent")],
+    site_yaml: Annotated[Path, typer.Argument(help="the hospital's site.yaml; written where there is none")],
+    request: Annotated[Path, typer.Option(help="where the answer is written")] = Path("request.json"),
+) -> None:
+    """Answer the centre's invitation: make the hospital's own key, which stays here, and a request to send back."""
+    from client.enrol import init_site
+
+    try:
+        centre, written = init_site(invitation, site_yaml, request)
+    except (EnrolError, SiteError, OSError) as error:
+        raise refuse(error) from error
+    if written:
+        say(f"wrote {site_yaml}: name the folders of your data in it")
+    say(f"1. send {request} to the centre; it may be sent openly, but holds a token that is good once")
+    say(f"2. read them this fingerprint, by telephone: {centre.fingerprint()}")
+    say(f"3. once they have registered you: hemafed-client join {site_yaml}")
+
+
+@app.command("join")
+def join_command(
+    site_yaml: SiteFile,
+    check: Annotated[bool, typer.Option("--check", help="only look whether all is ready")] = False,
+    install: Annotated[bool, typer.Option("--install", help="write a systemd unit that does this for ever")] = False,
+) -> None:
+    """Take part: check data, key, authority, clock and connection, then stay connected until stopped.
+
+    Ends with 1 if something is not ready and names it and the next step.
+    """
+    from client.join import check_ready, install_unit, join
+
+    try:
+        site = read_site(site_yaml)
+        findings = check_ready(site)
+        for finding in findings:
+            say(f"{'ok  ' if finding.good else 'NOT '} {finding.what}: {finding.text}")
+        # A centre that is down comes back; the rest does not mend itself.
+        if any(not finding.good and (check or install or finding.what != "connection") for finding in findings):
+            raise typer.Exit(1)
+        if check:
+            return
+        if install:
+            path, commands = install_unit(site, site_yaml)
+            say(f"wrote {path}; start it with")
+            for command in commands:
+                say(f"    {command}")
+            return
+        join(site, site_yaml, say)
+    except (SiteError, EnrolError, OSError) as error:
+        raise refuse(error) from error
+
+
+@app.command("app")
+def app_command() -> None:
+    """Show the hash of the code that runs in this hospital, for policy.app."""
+    from client.gate import HOSPITAL_CODE, ROOT, code_hash
+
+    say(f"{code_hash()}  {', '.join(f'{ROOT / folder}' for folder in HOSPITAL_CODE)}")
 
 
 @app.command("import")

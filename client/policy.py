@@ -13,7 +13,7 @@ from datetime import datetime, time
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.config import RunConfig
-from shared.site import Site
+from shared.site import INSTALLED, Site
 from shared.wire import group
 
 # Records of a reply. Tensors are under UPDATE; everything else that depends on patients is counted as metrics.
@@ -25,6 +25,28 @@ PUBLIC_FACTS = {"site", "role", "weight", "protocol", "withheld", "audit"}
 
 class PolicyError(PermissionError):
     """The server asked for something that the hospital does not release; the text may reach the server."""
+
+
+def admit_code(site: Site, own: str, bundle: str) -> None:
+    """Check the code that is to run in the hospital.
+
+    Args:
+      site: whose policy.
+      own: hash of the code that the hospital installed, which is what runs (client/gate.py).
+      bundle: hash of the run's client code; the same where there is no bundle.
+    Raises:
+      PolicyError: the two differ, or policy.app names another.
+    """
+    if site.policy.app not in (INSTALLED, own):
+        raise PolicyError(
+            f"site {site.name!r} reviewed the code {site.policy.app[:12]}… (policy.app) and has {own[:12]}… installed; the site must "
+            "install what it reviewed, or review what it installed"
+        )
+    if bundle != own:
+        raise PolicyError(
+            f"site {site.name!r} runs only the code that it installed, {own[:12]}… (policy.app), and the run brings {bundle[:12]}…; "
+            "start the run from the version that the site has, or ask the site to review and install the new one"
+        )
 
 
 def admit(site: Site, config: RunConfig, trains: bool, now: datetime) -> None:

@@ -16,27 +16,34 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from server.aggregate import WeightedSum, fold, mean
-from server.checkpoint import load_checkpoint, restore_optimiser, save_checkpoint, write_tensors
-from server.evaluate import fit_probe, summarise_run
+from server.checkpoint import (
+    CheckpointError,
+    has_checkpoint,
+    load_checkpoint,
+    restore_optimiser,
+    save_checkpoint,
+    write_tensors,
+)
+from server.evaluate import EvaluationError, fit_probe, summarise_run
 from server.report import write_report
-from server.runs import append_round, open_run, read_rounds, save_tally, update_summary
+from server.runs import RunError, append_round, open_run, read_rounds, save_tally, update_summary, write_status
 from server.strategy import (
     Member,
     QuorumError,
-    Roster,
     RoundResult,
+    Session,
     build_strategy,
     content_of,
     gather,
     receive,
-    train_round,
+    repeat_round,
 )
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import auc
-from shared.model import MultiTaskSwin, load_pretrained
+from shared.model import ModelError, MultiTaskSwin, load_pretrained
 from shared.scoring import build_model
-from shared.site import TENSOR_GROUPS, read_site
-from shared.slices import read_cache
+from shared.site import TENSOR_GROUPS, SiteError, read_site
+from shared.slices import CacheError, read_cache
 from shared.wire import (
     Tensors,
     UpdateError,
@@ -52,6 +59,18 @@ from shared.wire import (
 app = ServerApp()
 
 HEADS = TENSOR_GROUPS[1:]
+# What would end the same if it were tried again.
+FINAL = (
+    QuorumError,
+    ConfigError,
+    RunError,
+    CheckpointError,
+    EvaluationError,
+    UpdateError,
+    ModelError,
+    SiteError,
+    CacheError,
+)
 
 
 @app.main()
@@ -66,6 +85,21 @@ def main(grid: Grid, context: Context) -> None:
             "federation.heads is 'ensemble' and federation.share is 'all': the hospitals have one set of heads; use 'average'"
         )
     run = open_run(config)
+    write_status(run, "running", what="the start")
+    try:
+        federate(grid, config, run)
+    except FINAL as error:
+        write_status(run, "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    except Exception as error:  # of the connection, the disk, or a fault of ours: worth another attempt
+        write_status(run, "crashed", error=f"{type(error).__name__}: {error}")
+        raise
+    write_status(run, "finished")
+
+
+def federate(grid: Grid, config: RunConfig, run: Path) -> None:
+    """The run itself, from the start or from its last checkpoint."""
+    settings = config.federation
     say(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
 
     model = build_model(config.model, config.run.seed)
@@ -76,7 +110,9 @@ def main(grid: Grid, context: Context) -> None:
     arrays = to_arrays(model.state_dict(), shared)
     strategy = build_strategy(settings)
     first = 1
-    if config.run.resume:
+    if config.run.resume and not has_checkpoint(run / "checkpoint"):
+        say("resuming before the first checkpoint: beginning with round 1")
+    elif config.run.resume:
         saved = load_checkpoint(run / "checkpoint")
         arrays, first = (
             from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
@@ -85,8 +121,8 @@ def main(grid: Grid, context: Context) -> None:
         restore_optimiser(strategy, saved)
         say(f"resuming after round {saved.round_number}")
 
-    roster = Roster()
-    members = gather(grid, roster, settings)
+    session = Session(grid, settings, run)
+    members = gather(session)
     for member in members:
         say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
     update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
@@ -98,8 +134,7 @@ def main(grid: Grid, context: Context) -> None:
         test_seen(grid, members, run, "initial", config, arrays, heads)
 
     for number in range(first, settings.rounds + 1):
-        members = gather(grid, roster, settings)
-        result = train_round(grid, strategy, members, arrays, number, settings, run.name)
+        result = repeat_round(session, strategy, arrays, number)
         arrays = result.arrays
         save_checkpoint(run / "checkpoint", number, arrays, strategy)
         line = describe_round(number, result)
@@ -107,7 +142,7 @@ def main(grid: Grid, context: Context) -> None:
         say(round_text(line, settings.rounds))
 
     say("collecting heads and testing the final model")
-    members = gather(grid, roster, settings)
+    members = gather(session)
     heads = final_heads(grid, members, config, run.name, arrays, model)
     test_seen(grid, members, run, "final", config, arrays, heads)
     finish(run, members)
@@ -138,9 +173,11 @@ def final_heads(
     messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
     weights = {m.site: m.weight for m in members}
     total, released, refused = WeightedSum({}), {}, {}
-    for site, reply in receive(grid, messages, settings.round_timeout_s):
+    for site, reply in receive(grid, messages, settings.round_deadline_s):
         try:
-            tensors = from_record(part_of(content_of(reply, settings.round_timeout_s), "update", ArrayRecord), expected)
+            tensors = from_record(
+                part_of(content_of(reply, settings.round_deadline_s), "update", ArrayRecord), expected
+            )
         except UpdateError as error:
             refused[site] = str(error)
             say(f"  {site}: no heads: {error}")
@@ -169,7 +206,7 @@ def test_seen(
     heads: dict[str, Tensors],
 ) -> None:
     """Have the training hospitals test a model on their validation and test splits, and keep their counts."""
-    timeout_s = config.federation.round_timeout_s
+    timeout_s = config.federation.round_deadline_s
     content = RecordDict({"arrays": to_record({n: v for n, v in arrays.items() if n.startswith("encoder.")})})
     for name, tensors in heads.items():
         content[f"heads-{name}"] = to_record(tensors)

@@ -75,6 +75,11 @@ def save_checkpoint(folder: Path, round_number: int, arrays: Tensors, strategy: 
     write_tensors(folder / FILE, {**arrays, **optimiser}, {"round": json.dumps(round_number)})
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a state was ever written there."""
+    return (folder / FILE).is_file()
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """The state after the last finished round.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,22 +13,201 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from server.authority import AuthorityError, days_left, fingerprint
+from server.centre import (
+    INVITATION_DAYS,
+    Centre,
+    CentreError,
+    init_centre,
+    invite,
+    read_centre,
+    register,
+    renew_certificates,
+    revoke,
+)
 from server.checkpoint import CheckpointError
+from server.daemon import (
+    TERMINAL,
+    Daemon,
+    expiry_warnings,
+    is_running,
+    read_wanted,
+    want_run,
+    write_wanted,
+)
 from server.evaluate import EvaluationError, evaluate_unseen
 from server.report import metric_text, write_report
-from server.runs import RunError, read_config, read_summary
-from shared.config import ConfigError
+from server.runs import RunError, flatten, new_run_name, read_config, read_keys, read_summary
+from server.state import follow_run, sites_table, status_lines, write_unit
+from shared.config import ConfigError, parse_config
+from shared.enrol import EnrolError, Request, read_letter, write_letter
 from shared.site import SiteError
 from shared.slices import CacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What the coordinating centre does.")
 console = Console(width=None if sys.stdout.isatty() else 110)
+CentreFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the centre's folder")]
+SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
 ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
 
 
 @app.callback()
 def about() -> None:
-    """What the coordinating centre does with a run's folder."""
+    """What the coordinating centre does: the centre itself, its hospitals, runs and their results."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="where the centre is made")],
+    host: Annotated[str, typer.Option(help="name or address by which hospitals reach it")],
+    port: Annotated[int, typer.Option(help="the one port that hospitals reach")] = 443,
+    listen: Annotated[str, typer.Option(help="address that this port is bound to")] = "0.0.0.0",
+    loopback_port: Annotated[int, typer.Option(help="for Flower's SuperLink, on 127.0.0.1 only")] = 8443,
+) -> None:
+    """Make a centre: certificate authority, server certificates, config and a systemd unit."""
+    try:
+        centre = Centre(folder.absolute(), host, port, listen, loopback_port)
+        init_centre(centre)
+        unit = write_unit(centre)
+    except (CentreError, AuthorityError, OSError, ValueError) as error:
+        fail(error)
+    say(
+        f"made the centre of {host} in {folder}; its authority's fingerprint is {fingerprint(centre.authority.certificate)}"
+    )
+    say(
+        f"next: hemafed-server invite {folder} SITE for each hospital, and hemafed-server start {folder}, or as a service:"
+    )
+    say(f"    cp {unit} /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now {unit.name}")
+
+
+@app.command("invite")
+def invite_command(
+    folder: CentreFolder,
+    site: SiteName,
+    days: Annotated[int, typer.Option(help="until the invitation expires")] = INVITATION_DAYS,
+) -> None:
+    """Write an invitation for a hospital, to be sent to it over a way that you trust."""
+    try:
+        centre = read_centre(folder)
+        path = centre.folder / "invitations" / f"{site}.json"
+        invitation = invite(centre, site, days)
+        write_letter(path, invitation)
+    except (CentreError, AuthorityError, OSError) as error:
+        fail(error)
+    say(f"wrote {path}, good until {invitation.expires}; send it to the hospital, which answers with")
+    say(f"    hemafed-client init {path.name} site.yaml")
+
+
+@app.command("register")
+def register_command(
+    folder: CentreFolder, request: Annotated[Path, typer.Argument(help="the file that the hospital sent")]
+) -> None:
+    """Admit a hospital by the request that it sent."""
+    try:
+        centre = read_centre(folder)
+        site = register(centre, read_letter(request, Request))
+    except (CentreError, EnrolError, OSError) as error:
+        fail(error)
+    say(f"site {site.site} is registered. Let the hospital read its fingerprint to you; it must be")
+    say(f"    {site.fingerprint}")
+    say(f"If it is another: hemafed-server revoke {folder} {site.site}")
+
+
+@app.command("revoke")
+def revoke_command(folder: CentreFolder, site: SiteName) -> None:
+    """Turn a hospital away from now on; its key is never taken again."""
+    try:
+        centre = read_centre(folder)
+        revoke(centre, site)
+    except (CentreError, OSError) as error:
+        fail(error)
+    say(f"site {site} is revoked{'; the running centre turns it away within seconds' if is_running(centre) else ''}")
+
+
+@app.command("renew")
+def renew_command(folder: CentreFolder) -> None:
+    """Make new server certificates; the hospitals need nothing new."""
+    try:
+        centre = read_centre(folder)
+        renew_certificates(centre)
+    except (CentreError, AuthorityError, OSError) as error:
+        fail(error)
+    left = days_left(centre.public.certificate)
+    say(f"new certificates, good for {left:.0f} days{'; restart the centre to use them' if is_running(centre) else ''}")
+
+
+@app.command("sites")
+def sites_command(folder: CentreFolder) -> None:
+    """Show who is known, with which key, and who is online."""
+    try:
+        centre = read_centre(folder)
+        console.print(sites_table(centre))
+        for warning in expiry_warnings(centre):
+            say(warning)
+    except (CentreError, AuthorityError, OSError) as error:
+        fail(error)
+
+
+@app.command("start")
+def start_command(folder: CentreFolder) -> None:
+    """Serve hospitals and carry out runs until stopped; goes on with a run that was cut off."""
+    try:
+        daemon = Daemon(read_centre(folder), say)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, daemon.stop)
+        daemon.run()
+    except (CentreError, AuthorityError, OSError) as error:
+        fail(error)
+
+
+@app.command("run")
+def run_command(
+    folder: CentreFolder,
+    preset: Annotated[Path | None, typer.Option(help="TOML file of run config keys")] = None,
+    keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
+    follow: Annotated[bool, typer.Option(help="wait for the end and show the rounds")] = True,
+) -> None:
+    """Have the running centre carry out a run; Ctrl-C leaves it to it."""
+    try:
+        centre = read_centre(folder)
+        config = read_keys(preset, keys or [])
+        parsed = parse_config(flatten(config))
+        name = parsed.run.id or new_run_name(parsed)
+        if not is_running(centre):
+            raise CentreError(f"the centre in {folder} is not running; 'hemafed-server start {folder}' does that")
+        if (centre.runs / name).exists() and not parsed.run.resume:
+            raise CentreError(f"run {name!r} exists; choose another run.id, or go on with it: --set run.resume=true")
+        want_run(centre, name, config)
+        say(f"run {name} is on its way: hemafed-server status {folder}")
+        ended = follow_run(centre, name, say) if follow else None
+    except (CentreError, *ERRORS) as error:
+        fail(error)
+    if ended is not None and ended.status != "finished":
+        fail(CentreError(f"run {name} {ended.status}: {ended.error or 'on request'}"))
+
+
+@app.command("stop")
+def stop_command(folder: CentreFolder) -> None:
+    """Stop the run that is going on; its checkpoint stays, and `run --set run.resume=true` goes on with it."""
+    try:
+        centre = read_centre(folder)
+        wanted = read_wanted(centre)
+        if wanted is None or wanted.status in TERMINAL:
+            raise CentreError("no run is going on; 'hemafed-server status' shows the last one")
+        write_wanted(centre, replace(wanted, stop=True))
+    except (CentreError, OSError) as error:
+        fail(error)
+    say(f"run {wanted.name} is being stopped; to go on with it: --set run.id='{wanted.name}' --set run.resume=true")
+
+
+@app.command("status")
+def status_command(folder: CentreFolder) -> None:
+    """Show the centre, its run, whom it waits for and what went wrong last at each site."""
+    try:
+        for line in status_lines(read_centre(folder)):
+            say(line)
+    except (CentreError, AuthorityError, OSError) as error:
+        fail(error)
 
 
 @app.command()
@@ -51,6 +232,11 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as run
         console.print(f"report: {write_report(run)}", highlight=False)
     except ERRORS as error:
         fail(error)
+
+
+def say(line: str) -> None:
+    """A line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(error: Exception) -> None:

@@ -1,13 +1,14 @@
 """A run's folder: what it holds, and the only place that reads and writes it.
 
-runs/<run>/ has config.toml (resolved), rounds.jsonl (one line per round), checkpoint/, evaluation/ (counts per site),
-summary.json and report.html. `latest` beside it points at the newest.
+runs/<run>/ has config.toml (resolved), status.json (how it stands), rounds.jsonl (one line per round), checkpoint/,
+evaluation/ (counts per site), summary.json and report.html. `latest` beside it points at the newest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import tomllib
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
-from shared.config import RunConfig, parse_config
+from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
 
 
@@ -51,6 +52,56 @@ def open_run(config: RunConfig) -> Path:
     return run
 
 
+def read_keys(preset: Path | None, keys: list[str]) -> dict[str, dict]:
+    """A run config's sections, of a TOML file and of single keys, which count more.
+
+    Args:
+      preset: the file; None is the defaults.
+      keys: such as "train.batch=8".
+    Raises:
+      ConfigError: something is no TOML or no section of keys; keys and values are not checked here.
+    """
+    try:
+        config = {} if preset is None else tomllib.loads(preset.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"preset {preset} cannot be read ({error}); give a TOML file such as simulations/demo.toml"
+        ) from error
+    _check_sections(config, f"preset {preset}")
+    for key in keys:
+        try:
+            part = tomllib.loads(key)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"--set {key!r} is not TOML ({error}); expected such as --set train.batch=8") from error
+        _check_sections(part, f"--set {key!r}")
+        for section, values in part.items():
+            config[section] = config.get(section, {}) | values
+    return config
+
+
+def _check_sections(config: dict, source: str) -> None:
+    """Every top-level value must be a section of keys."""
+    for section, values in config.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {section} is {values!r}; expected section.key=value, such as train.batch=8")
+
+
+def flatten(sections: dict[str, dict]) -> dict:
+    """Sections of keys as dotted keys."""
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def write_status(run: Path, state: str, **facts: object) -> None:
+    """Say in status.json how a run stands: "running", "waiting", "finished" or "failed", and what of."""
+    _write(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
+
+
+def read_status(run: Path) -> dict:
+    """What write_status wrote last; empty before that."""
+    path = run / "status.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def new_run_name(config: RunConfig) -> str:
     """A name for a run that was given none: the time and the config."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{config.hash()}"
@@ -65,8 +116,7 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.toml"
     if not path.is_file():
         raise RunError(f"{run} is not a run: it has no config.toml; give a folder such as runs/latest")
-    sections = tomllib.loads(path.read_text())
-    return parse_config({f"{section}.{key}": v for section, keys in sections.items() for key, v in keys.items()})
+    return parse_config(flatten(tomllib.loads(path.read_text())))
 
 
 def append_round(run: Path, line: dict) -> None:

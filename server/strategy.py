@@ -2,22 +2,24 @@
 
 The server optimisers are Flower's own strategies. Around them stands what they lack: replies are checked and folded in
 one by one in the order of site names (so one reply is in memory, and the sum does not depend on who came first), a bad
-reply is refused by the name of its site, and a round below quorum stops the run instead of going on silently.
+reply is refused by the name of its site, and a round below quorum waits and is asked for again instead of going on silently.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from server.aggregate import WeightedSum, fold, mean
+from server.runs import write_status
 from shared.config import FederationSettings
 from shared.metrics import Tally
 from shared.site import is_site_name
@@ -35,6 +37,9 @@ from shared.wire import (
 
 POLL_S = 0.2
 HELLO_TIMEOUT_S = 60.0
+WORD_S = 60.0  # between two words about the same wait
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
+LATE_DEADLINES = 4  # after so many deadlines a hospital is asked again though its answer never came
 
 
 class QuorumError(RuntimeError):
@@ -58,17 +63,60 @@ class Member:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Late:
+    """An answer that did not come by its round's deadline.
+
+    Attributes:
+      message_id: Flower's, by which it can still be fetched.
+      since, until: when the deadline was, and when it is given up; monotonic seconds.
+    """
+
+    message_id: str
+    since: float
+    until: float
+
+
 @dataclass
 class Roster:
-    """Who is known, and who was turned away and why; grows as nodes come."""
+    """Who is known, who was turned away and why, and who is still busy with an earlier round; grows as nodes come."""
 
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
+    late: dict[str, Late] = field(default_factory=dict)
 
     def training(self, online: set[int]) -> list[Member]:
-        """Members that train and whose node is connected, in order of their names."""
-        return [m for _, m in sorted(self.members.items()) if m.role == "train" and m.node_id in online]
+        """Members that train, are free and whose node is connected, in order of their names."""
+        free = [m for _, m in sorted(self.members.items()) if m.site not in self.late]
+        return [m for m in free if m.role == "train" and m.node_id in online]
+
+    def fetch_late(self, grid: Grid) -> None:
+        """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
+        for site, late in list(self.late.items()):
+            came = next(iter(grid.pull_messages([late.message_id])), None) is not None
+            if came or time.monotonic() >= late.until:
+                del self.late[site]
+                ago = time.monotonic() - late.since
+                what = f"answered {ago:.0f} s after the deadline" if came else f"gave no answer for {ago:.0f} s"
+                print(f"  {site} {what}; it is asked again", flush=True)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run's federation.
+
+    Attributes:
+      grid: Flower's way to the nodes.
+      settings: the run config's federation section.
+      run: the run's folder, where it is said how it stands.
+      roster: who is known; changes.
+    """
+
+    grid: Grid
+    settings: FederationSettings
+    run: Path
+    roster: Roster = field(default_factory=Roster)
 
 
 @dataclass(frozen=True)
@@ -165,34 +213,81 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     return Member(node_id, site, role, weight, counts)
 
 
-def gather(grid: Grid, roster: Roster, settings: FederationSettings) -> list[Member]:
-    """The training hospitals that are connected, waiting up to wait_s for a quorum of them.
+def gather(session: Session) -> list[Member]:
+    """The training hospitals that are connected and free, waiting up to wait_s for a quorum of them.
+
+    Whoever looks at the run meanwhile is told who is there, in the log and in the run's status.
 
     Raises:
       QuorumError: fewer than federation.quorum.
     """
-    end = time.monotonic() + settings.wait_s
+    grid, roster, settings = session.grid, session.roster, session.settings
+    began = told = time.monotonic()
     roster.refused.clear()  # who was turned away may have mended the cause since the last round
     while True:
         greet(grid, roster)
+        roster.fetch_late(grid)
         ready = roster.training(set(grid.get_node_ids()))
-        if len(ready) >= settings.quorum or time.monotonic() >= end:
+        if len(ready) >= settings.quorum:
+            return ready
+        here = ", ".join(m.site for m in ready) or "none"
+        busy = f"; busy with an earlier round: {', '.join(sorted(roster.late))}" if roster.late else ""
+        what = f"{settings.quorum} hospitals (federation.quorum), {len(ready)} are there: {here}{busy}"
+        now = time.monotonic()
+        if now >= began + settings.wait_s:
             break
+        if told == began or now - told > WORD_S:
+            told = now
+            write_status(session.run, "waiting", what=what)
+            print(f"waiting for {what}", flush=True)
         time.sleep(1.0)
-    if len(ready) < settings.quorum:
-        reasons = "".join(f"\n  node {node}: {why}" for node, why in roster.refused.items())
-        raise QuorumError(
-            f"{len(ready)} training hospitals are connected ({', '.join(m.site for m in ready) or 'none'}), "
-            f"federation.quorum is {settings.quorum}; start more, or lower federation.quorum{reasons}"
-        )
-    return ready
+    reasons = "".join(f"\n  node {node}: {why}" for node, why in roster.refused.items())
+    raise QuorumError(
+        f"{len(ready)} training hospitals are connected ({here}), federation.quorum is {settings.quorum}, and nobody came for "
+        f"{settings.wait_s:g} s (federation.wait_s); start more, or lower federation.quorum{busy}{reasons}"
+    )
 
 
-def receive(grid: Grid, messages: Mapping[str, Message], timeout_s: float) -> Iterator[tuple[str, Message | None]]:
+def repeat_round(session: Session, strategy: FedAvg, arrays: Tensors, number: int) -> RoundResult:
+    """One round, asked for again while too few good updates come, up to wait_s after the first attempt.
+
+    Nothing of an attempt below quorum is used.
+
+    Raises:
+      QuorumError: too few hospitals, or too few good updates, for wait_s.
+    """
+    began, pause_s = time.monotonic(), FIRST_PAUSE_S
+    while True:
+        members = gather(session)
+        try:
+            return train_round(session, strategy, members, arrays, number)
+        except QuorumError as error:
+            if time.monotonic() + pause_s >= began + session.settings.wait_s:
+                raise
+            print(f"{error}\n  round {number} is asked for again in {pause_s:g} s", flush=True)
+            write_status(session.run, "waiting", what=f"another attempt at round {number}: {error}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def receive(
+    grid: Grid,
+    messages: Mapping[str, Message],
+    timeout_s: float,
+    missed: dict[str, str] | None = None,
+    awaiting: Callable[[str], None] = lambda name: None,
+) -> Iterator[tuple[str, Message | None]]:
     """Send messages, and yield the replies in order of the names, one at a time.
 
     A reply that came early waits in Flower's SuperLink until it is its turn. After the deadline, what has arrived is
     still taken.
+
+    Args:
+      grid: Flower's.
+      messages: name -> message.
+      timeout_s: until the deadline.
+      missed: given the ids of messages that were not answered in time.
+      awaiting: told whose turn it is.
 
     Yields:
       Name and reply; None for a reply that did not come in time.
@@ -201,11 +296,14 @@ def receive(grid: Grid, messages: Mapping[str, Message], timeout_s: float) -> It
     end = time.monotonic() + timeout_s
     for name, message_id in ids.items():
         reply = None
+        awaiting(name)
         while message_id is not None:
             reply = next(iter(grid.pull_messages([message_id])), None)
             if reply is not None or time.monotonic() >= end:
                 break
             time.sleep(POLL_S)
+        if reply is None and message_id is not None and missed is not None:
+            missed[name] = message_id
         yield name, reply
 
 
@@ -216,30 +314,25 @@ def content_of(reply: Message | None, timeout_s: float) -> RecordDict:
       UpdateError: it did not come, or it is an error; with its reason.
     """
     if reply is None:
-        raise UpdateError(f"no reply within {timeout_s:g} s (federation.round_timeout_s)")
+        raise UpdateError(f"no reply within {timeout_s:g} s (federation.round_deadline_s)")
     if reply.has_error():
         raise UpdateError(reply.error.reason)
     return reply.content
 
 
 def train_round(
-    grid: Grid,
-    strategy: FedAvg,
-    members: list[Member],
-    arrays: Tensors,
-    round_number: int,
-    settings: FederationSettings,
-    run: str,
+    session: Session, strategy: FedAvg, members: list[Member], arrays: Tensors, round_number: int
 ) -> RoundResult:
     """One round: send the global tensors, check and fold in the replies, take the server's step.
 
     Raises:
       QuorumError: fewer good replies than federation.quorum.
     """
+    grid, settings = session.grid, session.settings
     started = time.perf_counter()
     record = to_record(arrays)
     asked = {m.node_id: m for m in members}
-    order = ConfigRecord({"run": run})
+    order = ConfigRecord({"run": session.run.name})
     # Flower's strategy adds its own keys (proximal-mu) and remembers the tensors that it sends.
     with _quiet_flower():
         prepared = list(strategy.configure_train(round_number, record, order, grid))
@@ -247,8 +340,11 @@ def train_round(
     weights = {m.site: m.weight for m in members}
     expected = shapes_of(arrays)
 
-    total, sites, refused = WeightedSum({}), {}, {}
-    for name, reply in receive(grid, messages, settings.round_timeout_s):
+    def awaiting(name: str) -> None:
+        write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
+
+    total, sites, refused, missed = WeightedSum({}), {}, {}, {}
+    for name, reply in receive(grid, messages, settings.round_deadline_s, missed, awaiting):
         try:
             site_round, update = _read_update(reply, name, weights[name], expected, settings)
             total = fold(total, update, weights[name])
@@ -256,14 +352,18 @@ def train_round(
             refused[name] = str(error)
             continue
         sites[name] = site_round
+    now = time.monotonic()
+    session.roster.late |= {
+        n: Late(id_, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, id_ in missed.items()
+    }
     for member in members:
         if member.site not in messages:
             refused[member.site] = "its node went offline before the round began"
     if len(sites) < settings.quorum:
         reasons = "".join(f"\n  site {name!r}: {why}" for name, why in sorted(refused.items()))
         raise QuorumError(
-            f"round {round_number}: {len(sites)} good updates, federation.quorum is {settings.quorum}; the run stops, "
-            f"the last checkpoint is that of round {round_number - 1}{reasons}"
+            f"round {round_number}: {len(sites)} good updates, federation.quorum is {settings.quorum}; the last checkpoint is that "
+            f"of round {round_number - 1}{reasons}"
         )
     return RoundResult(
         arrays=server_step(strategy, round_number, arrays, mean(total)),
@@ -278,7 +378,7 @@ def _read_update(
     reply: Message | None, name: str, weight: float, expected: dict, settings: FederationSettings
 ) -> tuple[SiteRound, Tensors]:
     """One reply, checked."""
-    content = content_of(reply, settings.round_timeout_s)
+    content = content_of(reply, settings.round_deadline_s)
     facts = part_of(content, "facts", ConfigRecord)
     if facts.get("site") != name:
         raise UpdateError(f"the reply says that it is from site {facts.get('site')!r}")

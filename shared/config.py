@@ -120,9 +120,9 @@ class FederationSettings:
       strategy: fedavg, fedprox, fedavgm or fedadam.
       share: "encoder" sends tensors under `encoder.` only, "all" the heads too.
       heads: what the global model uses as heads: average, ensemble or probe.
-      quorum: fewest good updates for a round; below it the run stops with an error.
-      wait_s: how long to wait for `quorum` hospitals at the start.
-      round_timeout_s: a hospital that has not answered by then is left out of the round.
+      quorum: fewest good updates for a round; below it the run waits, and asks for the round again.
+      wait_s: how long it waits for a quorum of hospitals, and goes on asking for a round, before it stops with an error.
+      round_deadline_s: a hospital that has not answered by then is left out of the round, and asked again once it answered.
       proximal_mu: FedProx's mu.
       server_learning_rate: FedAvgM's and FedAdam's step on the server.
       server_momentum: FedAvgM's momentum, FedAdam's beta 1.
@@ -135,7 +135,7 @@ class FederationSettings:
     heads: str = "average"
     quorum: int = 2
     wait_s: float = 120.0
-    round_timeout_s: float = 3600.0
+    round_deadline_s: float = 3600.0
     proximal_mu: float = 0.01
     server_learning_rate: float = 1.0
     server_momentum: float = 0.9
@@ -189,7 +189,7 @@ _LEAST: dict[str, float] = {
 _ABOVE_ZERO = (
     "train.learning_rate",
     "train.matrix_rate",
-    "federation.round_timeout_s",
+    "federation.round_deadline_s",
     "federation.server_learning_rate",
 )
 

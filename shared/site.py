@@ -70,8 +70,8 @@ class Policy:
       min_patients: no number leaves that stands for fewer patients.
       accept: run config keys and the values that are accepted; a run with another is refused. Defaults are ACCEPT's.
       hours: from and to, the hospital's local time, between which training may run, past midnight too; None is always.
-      app: INSTALLED, or the hash of other code that the hospital reviewed (`hemafed-client app` shows it); code with
-        another hash is not run. A simulation, which has one copy of the code, does not look.
+      app: INSTALLED, or the hash of the code that the hospital reviewed (`hemafed-client app` shows it): then what is
+        installed must have it. A run that brings other client code than what is installed is refused in any case.
     """
 
     release: tuple[str, ...] = ("encoder",)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from client.train import TrainError
 from server.cli import ERRORS, result_table
 from server.evaluate import evaluate_unseen
 from server.report import write_report
-from server.runs import new_run_name, read_config, read_summary
+from server.runs import flatten, new_run_name, read_config, read_keys, read_summary
 from shared.config import ConfigError, parse_config
 from shared.site import SiteError, read_site
 from simulations.experiments import STORE, all_experiments, jobs, read_experiment, run_jobs
@@ -158,21 +157,7 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
     Raises:
       ConfigError: an unknown key or a wrong value.
     """
-    try:
-        config = tomllib.loads(preset.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            f"preset {preset} cannot be read ({error}); give a TOML file such as simulations/demo.toml"
-        ) from error
-    _check_sections(config, f"preset {preset}")
-    for key in keys:
-        try:
-            part = tomllib.loads(key)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--set {key!r} is not TOML ({error}); expected such as --set train.batch=8") from error
-        _check_sections(part, f"--set {key!r}")
-        for section, values in part.items():
-            config[section] = config.get(section, {}) | values
+    config = read_keys(preset, keys)
     for section, key, folder, option in (
         ("run", "folder", runs, "--runs"),
         ("simulation", "hospitals", hospitals, "--hospitals"),
@@ -182,16 +167,8 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
                 f"{section}.{key} is set in the preset or with --set; here the folder is given by {option}"
             )
         config[section] = config.get(section, {}) | {key: str(folder.absolute())}
-    flat = {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-    config["run"] = {"id": new_run_name(parse_config(flat))} | config["run"]
+    config["run"] = {"id": new_run_name(parse_config(flatten(config)))} | config["run"]
     return config
-
-
-def _check_sections(config: dict, source: str) -> None:
-    """Every top-level value must be a section of keys."""
-    for section, values in config.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source}: {section} is {values!r}; expected section.key=value, such as train.batch=8")
 
 
 def _progress() -> Progress:

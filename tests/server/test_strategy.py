@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from client.train import build_learner, training_inputs
 from client.train import train_round as train_locally
-from server.strategy import QuorumError, Roster, build_strategy, gather, receive, train_round
+from server.strategy import QuorumError, Session, build_strategy, gather, receive, repeat_round, train_round
 from shared.config import FederationSettings, parse_config
 from shared.scoring import build_model
 from shared.wire import to_arrays
@@ -22,8 +23,10 @@ def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_
     config = parse_config(flat)
     grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
     arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
-    members = gather(grid, Roster(), config.federation)
-    result = train_round(grid, build_strategy(config.federation), members, arrays, 1, config.federation, "test")
+    session = Session(grid, config.federation, hospitals.root / "test")
+    session.run.mkdir(exist_ok=True)
+    members = gather(session)
+    result = train_round(session, build_strategy(config.federation), members, arrays, 1)
     return grid, members, arrays, result
 
 
@@ -149,7 +152,7 @@ BAD_UPDATES = {
 
 @pytest.mark.parametrize("fault", BAD_UPDATES)
 def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(two: SmallHospitals, fault: str) -> None:
-    flat = small_config(federation__quorum=1, federation__round_timeout_s=3.0)
+    flat = small_config(federation__quorum=1, federation__round_deadline_s=3.0)
     good = {}
 
     def change(asked: Message, reply: Message) -> Message | None:
@@ -171,27 +174,71 @@ def test_a_round_below_quorum_stops_the_run(two: SmallHospitals) -> None:
         first_round(two, NAMES, small_config(), change=BAD_UPDATES["not finite"])
 
 
+def test_a_round_below_quorum_is_asked_for_again_and_none_of_it_is_used(
+    two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.strategy.FIRST_PAUSE_S", 0.1)
+    faults = [BAD_UPDATES["not finite"], BAD_UPDATES["an error"]]
+
+    def change(asked: Message, reply: Message) -> Message | None:
+        train_of_2 = asked.metadata.message_type == "train" and asked.metadata.dst_node_id == 2
+        return faults.pop()(asked, reply) if train_of_2 and faults else reply
+
+    flat = small_config()
+    config = parse_config(flat)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    undisturbed = first_round(two, NAMES, flat)[3]
+    grid = LoopbackGrid([two.files[name] for name in NAMES], flat, change=change)
+    session = Session(grid, replace(config.federation, wait_s=30.0), two.root)
+    result = repeat_round(session, build_strategy(config.federation), arrays, 1)
+    assert len([m for m in grid.asked if m.metadata.message_type == "train"]) == 6
+    for name, value in undisturbed.arrays.items():
+        np.testing.assert_array_equal(result.arrays[name], value, err_msg=name)
+
+
+def test_a_late_hospital_is_not_asked_again_before_it_answered(two: SmallHospitals) -> None:
+    flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=1.0)
+    config = parse_config(flat)
+    grid = LoopbackGrid([two.files[name] for name in NAMES], flat)
+    session = Session(grid, config.federation, two.root)
+    strategy = build_strategy(config.federation)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    gather(session)
+    grid.late = {2: 12}  # polls: past the deadline, and two more rounds' looks
+    first = repeat_round(session, strategy, arrays, 1)
+    assert "no reply within 1 s" in first.refused["hospital-02"]
+    assert list(session.roster.late) == ["hospital-02"]
+    asked = len(grid.asked)
+    second = repeat_round(session, strategy, first.arrays, 2)
+    assert [list(second.sites), second.refused, len(grid.asked) - asked] == [["hospital-01"], {}, 1]
+    for _ in range(12):
+        session.roster.fetch_late(grid)
+    assert session.roster.late == {}
+    grid.late = {}
+    assert list(repeat_round(session, strategy, second.arrays, 3).sites) == NAMES
+
+
 def test_too_few_hospitals_at_the_start_is_an_error(two: SmallHospitals) -> None:
     settings = FederationSettings(quorum=2, wait_s=0.0)
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-05"]], small_config())
     with pytest.raises(QuorumError, match=r"1 training hospitals are connected \(hospital-01\)"):
-        gather(grid, Roster(), settings)
+        gather(Session(grid, settings, two.root))
 
 
 def test_a_second_node_of_the_same_name_is_left_out(two: SmallHospitals) -> None:
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-01"]], small_config())
-    roster = Roster()
-    members = gather(grid, roster, FederationSettings(quorum=1))
+    session = Session(grid, FederationSettings(quorum=1), two.root)
+    members = gather(session)
     assert [m.node_id for m in members] == [1]
-    assert "one node per site" in roster.refused[2]
+    assert "one node per site" in session.roster.refused[2]
 
 
 def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: SmallHospitals) -> None:
     (two.site("hospital-02").cache / "cache.json").unlink()
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
-    roster = Roster()
-    assert [m.site for m in gather(grid, roster, FederationSettings(quorum=1))] == ["hospital-01"]
-    assert "hemafed-client ingest" in roster.refused[2]
+    session = Session(grid, FederationSettings(quorum=1), two.root)
+    assert [m.site for m in gather(session)] == ["hospital-01"]
+    assert "hemafed-client ingest" in session.roster.refused[2]
 
 
 def mean_reply(arrays: dict[str, np.ndarray]) -> Message:
@@ -264,8 +311,8 @@ def test_sharing_all_is_refused_by_a_hospital_that_releases_the_encoder_only(two
     config = parse_config(flat)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
     arrays = to_arrays(build_model(config.model, 0).state_dict(), ("encoder", "cls", "seg", "rec"))
-    members = gather(grid, Roster(), config.federation)
-    result = train_round(grid, build_strategy(config.federation), members, arrays, 1, config.federation, "test")
+    session = Session(grid, config.federation, two.root)
+    result = train_round(session, build_strategy(config.federation), gather(session), arrays, 1)
     assert "does not release tensor group" in result.refused["hospital-02"]
     assert "policy.release" in result.refused["hospital-02"]
     assert torch.is_tensor(torch.from_numpy(result.arrays["cls.weight"]))

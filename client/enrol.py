@@ -1,0 +1,174 @@
+"""The hospital's side of becoming known: its own key, and what it knows of the centre.
+
+Everything lies in `centre/` of the site's state folder: the node's private key, which never leaves it, the centre's
+address and its certificate authority. Only the request of `hemafed-client init` is sent, by hand or mail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+
+from shared.enrol import (
+    EnrolError,
+    Invitation,
+    key_fingerprint,
+    make_node_key,
+    make_request,
+    private_text,
+    public_text,
+    read_letter,
+    write_letter,
+)
+from shared.site import Site, read_site
+
+_TEMPLATE = """\
+# What {site} says about itself; it belongs to the hospital, and nothing that the centre sends changes it.
+site: {site}
+data:
+  images: dicom/            # searched recursively; file names mean nothing
+  # masks: masks/           # DICOM SEG or RTSTRUCT, SERIES_UID.nii.gz, SOP_UID.png
+  # labels: labels.csv      # series_uid, sop_uid or slice_index, hypodensity: 1, 0 or blank for unknown
+cache: cache/               # written by ingest, safe to delete
+state: state/               # keys and local heads; back it up
+role: train                 # train | held-out | development
+policy:
+  release: [encoder]        # tensor groups that may leave: encoder, cls, seg, rec
+  metrics: true             # whether losses and counts may leave
+  min_patients: 10          # no number leaves that stands for fewer
+  # accept: {{train.epochs: {{max: 5}}}}
+  # hours: "19:00-06:30"
+"""
+
+
+@dataclass(frozen=True)
+class Centre:
+    """What a hospital knows of its coordinating centre.
+
+    Attributes:
+      folder: `centre/` of the site's state folder.
+      address: "host:port".
+    """
+
+    folder: Path
+    address: str
+
+    @property
+    def authority(self) -> Path:
+        """The only certificate authority that the hospital trusts for the centre."""
+        return self.folder / "authority.crt"
+
+    @property
+    def key(self) -> Path:
+        """The node's private key."""
+        return self.folder / "node.key"
+
+    @property
+    def host(self) -> str:
+        """Without the port."""
+        return self.address.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        """Of the centre."""
+        return int(self.address.rpartition(":")[2])
+
+    def fingerprint(self) -> str:
+        """Of the node's key."""
+        return key_fingerprint(public_text(read_node_key(self).public_key()))
+
+
+def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tuple[Centre, bool]:
+    """Answer an invitation: make the node's key and write the request.
+
+    Args:
+      invitation_path: from the centre.
+      site_yaml: the hospital's file; written with its defaults where there is none.
+      request_path: where the request is written.
+    Returns:
+      What is now known of the centre, and whether site.yaml was written.
+    Raises:
+      EnrolError: the invitation is over, or of another site; a key is there already.
+      SiteError: site.yaml cannot be used.
+    """
+    invitation = read_letter(invitation_path, Invitation)
+    if datetime.fromisoformat(invitation.expires) < datetime.now(UTC):
+        raise EnrolError(
+            f"{invitation_path}: the invitation expired on {invitation.expires}; ask the centre for a new one"
+        )
+    written = not site_yaml.exists()
+    if written:
+        (site_yaml.parent / "dicom").mkdir(parents=True, exist_ok=True)
+        site_yaml.write_text(_TEMPLATE.format(site=invitation.site))
+    site = read_site(site_yaml)
+    if site.name != invitation.site:
+        raise EnrolError(
+            f"{invitation_path} invites site {invitation.site!r}, and {site_yaml} is of site {site.name!r}; use the name that the "
+            "centre chose, or ask for another invitation"
+        )
+    centre = Centre(site.state / "centre", invitation.address)
+    if centre.key.exists():
+        raise EnrolError(
+            f"{centre.key} exists: this site answered an invitation before; to answer a new one, move the folder {centre.folder} away"
+        )
+    key = make_node_key()
+    centre.folder.mkdir(parents=True, exist_ok=True)
+    centre.folder.chmod(0o700)
+    centre.authority.write_text(invitation.authority)
+    (centre.folder / "centre.json").write_text(json.dumps({"address": invitation.address}) + "\n")
+    partial = centre.key.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(mode=0o600)
+    partial.write_bytes(private_text(key))
+    write_letter(request_path, make_request(invitation, key))
+    os.replace(partial, centre.key)  # last: until then the command can be run again
+    return centre, written
+
+
+def read_known_centre(site: Site) -> Centre:
+    """What a hospital knows of its centre.
+
+    Raises:
+      EnrolError: nothing, or it is damaged.
+    """
+    folder = site.state / "centre"
+    path = folder / "centre.json"
+    if not path.is_file():
+        raise EnrolError(
+            f"site {site.name!r} answered no invitation: there is no {path}; 'hemafed-client init INVITATION SITE_YAML' does that"
+        )
+    try:
+        centre = Centre(folder, str(json.loads(path.read_text())["address"]))
+        if not centre.host or not 0 < centre.port < 65536:
+            raise ValueError(centre.address)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EnrolError(
+            f"{path} is damaged ({error}); restore it from a backup, or answer a new invitation"
+        ) from error
+    return centre
+
+
+def read_node_key(centre: Centre) -> object:
+    """The node's private key.
+
+    Raises:
+      EnrolError: it is missing, damaged, or readable by others.
+    """
+    path = centre.key
+    try:
+        mode = path.stat().st_mode & 0o777
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise EnrolError(
+            f"{path}: no private key ({type(error).__name__}); restore it from a backup, or answer a new invitation"
+        ) from error
+    if mode & 0o077:
+        raise EnrolError(
+            f"{path} can be read by others (mode {mode:o}); chmod 600 it, and tell the centre if others had access"
+        )
+    return key

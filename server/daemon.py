@@ -1,0 +1,410 @@
+"""The running centre: Flower's SuperLink and SuperExec, the proxy in front, the hospitals' keys and the run that is wanted.
+
+The SuperLink keeps its state in memory: its SQLite loses replies under load, and what a run must not lose stands in our
+own checkpoint. A SuperLink that ended is started again, the hospitals' keys are registered anew and the run goes on from
+its last checkpoint. Commands of the centre's operator change files in the centre's folder; this process acts on them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import tomli_w
+
+from server.authority import expiry_warning
+from server.centre import CONNECTION, Centre, CentreError, read_sites
+from server.proxy import find_nginx, write_proxy_config
+from server.runs import read_status
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 20.0
+LOOK_S, ASK_FLOWER_S = 1.0, 15.0
+RESTART_PAUSE_S = 2.0
+MOST_ATTEMPTS = 10  # of a run that crashes without a word; each resumes, so a round may have been won
+TERMINAL = ("finished", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The run that the centre is to carry out, in state/run.json.
+
+    Attributes:
+      name: of its folder in runs/.
+      config: sections of its run config.
+      status: waiting (to be started or resumed), running, or one of TERMINAL.
+      attempts: how often it was started.
+      flower_run: Flower's number of it.
+      error: why it failed, or why it was started again.
+      not_before: time of the next attempt.
+      stop: whether it is to be stopped.
+    """
+
+    name: str
+    config: dict[str, dict]
+    status: str = "waiting"
+    attempts: int = 0
+    flower_run: str = ""
+    error: str = ""
+    not_before: float = 0.0
+    stop: bool = False
+
+
+def read_wanted(centre: Centre) -> Wanted | None:
+    """The run that is wanted or was the last; None if there never was one."""
+    path = centre.state / "run.json"
+    return Wanted(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_wanted(centre: Centre, wanted: Wanted) -> None:
+    """Replace state/run.json in one step."""
+    path = centre.state / "run.json"
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(wanted), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
+    """Ask for a run.
+
+    Raises:
+      CentreError: another one is going on.
+    """
+    last = read_wanted(centre)
+    if last is not None and last.status not in TERMINAL:
+        raise CentreError(
+            f"run {last.name!r} is {last.status}; a centre carries out one run at a time: wait, or 'hemafed-server stop' it"
+        )
+    write_wanted(centre, Wanted(name, config))
+
+
+def is_running(centre: Centre) -> bool:
+    """Whether a daemon of this centre is there."""
+    try:
+        with _locked(centre):
+            return False
+    except CentreError:
+        return True
+
+
+@contextmanager
+def _locked(centre: Centre) -> Iterator[None]:
+    """Hold the centre; the lock goes with the process, however it ends.
+
+    Raises:
+      CentreError: another process holds it.
+    """
+    centre.state.mkdir(parents=True, exist_ok=True)
+    with open(centre.state / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CentreError(
+                f"the centre in {centre.folder} is running already; 'hemafed-server status' shows it"
+            ) from error
+        yield
+
+
+def flower_environment(centre: Centre) -> dict[str, str]:
+    """For Flower's programs and commands of this centre."""
+    environment = os.environ | {
+        "FLWR_HOME": str(centre.flower),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    environment.pop("PYTHONPATH", None)
+    return environment
+
+
+def flwr(centre: Centre, *arguments: str) -> dict:
+    """Run one of Flower's commands against the centre's SuperLink; what it prints as JSON.
+
+    Raises:
+      CentreError: it failed; with its words.
+    """
+    command = [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"]
+    done = subprocess.run(
+        command, env=flower_environment(centre), cwd=centre.flower, capture_output=True, text=True, check=False
+    )
+    try:
+        content = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        content = {}
+    if done.returncode or not content or content.get("success") is False:
+        told = content.get("error-message") or (done.stderr or done.stdout).strip()[-500:]
+        raise CentreError(f"'flwr {' '.join(arguments[:2])}' failed: {told or f'exit status {done.returncode}'}")
+    return content
+
+
+class Daemon:
+    """One running centre, until it is told to stop."""
+
+    def __init__(self, centre: Centre, say: Callable[[str], None]):
+        self._centre, self._say = centre, say
+        self._stopping = threading.Event()
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._registered: dict[str, tuple[str, str]] = {}  # site -> public key, node id
+        self._looked = 0.0
+        self._warned = ""
+
+    def stop(self, *_: object) -> None:
+        """End everything; a signal handler too."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+          CentreError: nginx is missing, or another daemon of this centre runs.
+        """
+        find_nginx()
+        with _locked(self._centre):
+            self._end_leftovers()
+            try:
+                while not self._stopping.is_set():
+                    try:
+                        self._serve()
+                    except CentreError as error:
+                        self._say(str(error))
+                    self._end_all()
+                    if not self._stopping.is_set():
+                        self._say(f"starting again in {RESTART_PAUSE_S:g} s")
+                        self._stopping.wait(RESTART_PAUSE_S)
+            finally:
+                self._end_all()
+        self._say("stopped")
+
+    def _serve(self) -> None:
+        """Start all processes; return when one of Flower's has ended, or on `stop`."""
+        self._start_flower()
+        wanted = read_wanted(self._centre)
+        if wanted is not None and wanted.status == "running":  # of the SuperLink before
+            self._write(wanted, status="waiting", error="the server was restarted")
+        self._registered = {}
+        self._sync_sites()
+        self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
+        self._say(f"serving hospitals at {self._centre.host}:{self._centre.port}")
+        while not self._stopping.wait(LOOK_S):
+            for name in ("superlink", "superexec"):
+                if self._processes[name].poll() is not None:
+                    raise CentreError(
+                        f"{name} ended ({self._processes[name].returncode}); its log is {self._log(name)}"
+                    )
+            if self._processes["nginx"].poll() is not None:
+                self._say(f"nginx ended; its log is {self._log('nginx')}; starting it again")
+                self._start_proxy()
+            self._warn_of_expiry()
+            self._sync_sites()
+            self._sync_run()
+
+    def _start_flower(self) -> None:
+        """SuperLink and SuperExec, on loopback."""
+        centre = self._centre
+        tls = ["--ssl-ca-certfile", str(centre.authority.certificate)]
+        tls += ["--ssl-certfile", str(centre.loopback.certificate), "--ssl-keyfile", str(centre.loopback.key)]
+        own = ["--isolation", "process", "--superexec-auth-secret-file", str(centre.secret)]
+        place = ["--host", "127.0.0.1", "--port", str(centre.loopback_port)]
+        self._start(
+            "superlink",
+            [
+                "flower-superlink",
+                *tls,
+                *place,
+                *own,
+                "--enable-supernode-auth",
+                "--disable-runtime-dependency-installation",
+            ],
+        )
+        self._wait_until_up()
+        address = ["--runtime-api-address", f"127.0.0.1:{centre.loopback_port}"]
+        trust = ["--root-certificates", str(centre.authority.certificate)]
+        self._start("superexec", ["flower-superexec", *address, *trust, *own[2:]])
+
+    def _start_proxy(self) -> None:
+        """nginx, which hospitals reach."""
+        config = write_proxy_config(self._centre)
+        checked = subprocess.run(
+            [find_nginx(), "-t", "-q", "-c", str(config)], capture_output=True, text=True, check=False
+        )
+        if checked.returncode:
+            raise CentreError(f"nginx cannot start: {checked.stderr.strip()[-500:]}")
+        self._start("nginx", [find_nginx(), "-c", str(config)])
+
+    def _start(self, name: str, command: list[str]) -> None:
+        """One process, in a session of its own, its output in its log."""
+        log = self._log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if "/" not in command[0]:
+            command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+        with open(log, "a") as file:
+            self._processes[name] = subprocess.Popen(
+                command,
+                cwd=self._centre.flower,
+                env=flower_environment(self._centre),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        pids = {name: process.pid for name, process in self._processes.items()}
+        (self._centre.state / "processes.json").write_text(json.dumps({"daemon": os.getpid(), **pids}))
+
+    def _log(self, name: str) -> Path:
+        return self._centre.state / "logs" / f"{name}.log"
+
+    def _wait_until_up(self) -> None:
+        """Return when the SuperLink answers."""
+        context = ssl.create_default_context(cafile=str(self._centre.authority.certificate))
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end and self._processes["superlink"].poll() is None and not self._stopping.is_set():
+            try:
+                with urllib.request.urlopen(
+                    f"https://127.0.0.1:{self._centre.loopback_port}/health", timeout=2, context=context
+                ):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        tail = self._log("superlink").read_text(errors="replace").strip().splitlines()[-5:]
+        raise CentreError("the SuperLink did not come up:\n" + "\n".join(tail))
+
+    def _sync_sites(self) -> None:
+        """Make Flower know exactly the keys of registered sites."""
+        sites = read_sites(self._centre)
+        keys = {name: site.public_key for name, site in sites.items() if site.status == "registered"}
+        for name, (key, node) in list(self._registered.items()):
+            if keys.get(name) != key:
+                flwr(self._centre, "supernode", "unregister", node, CONNECTION)
+                del self._registered[name]
+                self._say(f"site {name} is no longer admitted")
+        for name, key in keys.items():
+            if name not in self._registered:
+                path = self._centre.state / "key.pub"
+                path.write_text(key + "\n")
+                told = flwr(self._centre, "supernode", "register", str(path), CONNECTION, "--name", name)
+                self._registered[name] = (key, str(told["node-id"]))
+                self._say(f"site {name} is admitted as node {told['node-id']}")
+
+    def _sync_run(self) -> None:
+        """Start, resume, stop or follow the run that is wanted."""
+        wanted = read_wanted(self._centre)
+        if wanted is None or wanted.status in TERMINAL:
+            return
+        if wanted.stop:
+            with suppress(CentreError):  # it may have ended by itself
+                flwr(self._centre, "stop", wanted.flower_run, CONNECTION)
+            self._write(wanted, status="stopped")
+        elif wanted.status == "waiting" and time.time() >= wanted.not_before:
+            self._launch(wanted)
+        elif wanted.status == "running":
+            self._follow(wanted)
+
+    def _launch(self, wanted: Wanted) -> None:
+        """`flwr run`, resuming where the run has a folder."""
+        centre, resume = self._centre, (self._centre.runs / wanted.name / "config.toml").is_file()
+        places = {"id": wanted.name, "folder": str(centre.runs), "resume": resume}
+        config = wanted.config | {"run": wanted.config.get("run", {}) | places}
+        path = centre.state / "run-config.toml"
+        path.write_text(tomli_w.dumps(config))
+        try:
+            told = flwr(centre, "run", str(ROOT), CONNECTION, "--run-config", str(path))
+        except CentreError as error:
+            self._write(wanted, status="failed", error=str(error))
+            return
+        self._write(wanted, status="running", flower_run=str(told["run-id"]), attempts=wanted.attempts + 1)
+        self._say(f"run {wanted.name}: {'resumed' if resume else 'started'} as Flower's run {told['run-id']}")
+
+    def _follow(self, wanted: Wanted) -> None:
+        """See whether the run has ended, and how."""
+        said = read_status(self._centre.runs / wanted.name).get("state")
+        if said not in ("finished", "failed") and time.monotonic() - self._looked < ASK_FLOWER_S:
+            return
+        self._looked = time.monotonic()
+        runs = flwr(self._centre, "ls", CONNECTION, "--run-id", wanted.flower_run)["runs"]
+        status = runs[0]["status"]
+        if not status.startswith("finished"):
+            return
+        error = read_status(self._centre.runs / wanted.name).get("error", "")
+        if status == "finished:completed":
+            self._write(wanted, status="finished", error="")
+        elif said in ("failed", None):  # it said why, or never began; to do the same again would end the same
+            self._write(wanted, status="failed", error=error or runs[0].get("status-details", status))
+        elif wanted.attempts >= MOST_ATTEMPTS:
+            self._write(wanted, status="failed", error=f"{status} {MOST_ATTEMPTS} times; see {self._log('superexec')}")
+        else:
+            pause_s = min(10.0 * 2**wanted.attempts, 300.0)
+            self._write(
+                wanted, status="waiting", error=f"its process ended ({status})", not_before=time.time() + pause_s
+            )
+            self._say(f"run {wanted.name}: {status} without a word; again in {pause_s:.0f} s")
+            return
+        self._say(f"run {wanted.name}: {read_wanted(self._centre).status} {error}")
+
+    def _write(self, wanted: Wanted, **changes: object) -> None:
+        """Change state/run.json; a stop that was asked for meanwhile is kept."""
+        now = read_wanted(self._centre) or wanted
+        write_wanted(self._centre, replace(now, **changes))
+
+    def _warn_of_expiry(self) -> None:
+        """Say once a day that a certificate is about to expire."""
+        today = time.strftime("%Y-%m-%d")
+        if self._warned != today:
+            self._warned = today
+            for warning in expiry_warnings(self._centre):
+                self._say(warning)
+
+    def _end_leftovers(self) -> None:
+        """End what a daemon that was killed left running: its ports and its run are ours now."""
+        path = self._centre.state / "processes.json"
+        if not path.is_file():
+            return
+        for name, pid in json.loads(path.read_text()).items():
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if name != "daemon" and str(self._centre.folder) in " ".join(process.cmdline()):
+                    self._say(f"ending {name} of the daemon before")
+                    _end_tree(process)
+
+    def _end_all(self) -> None:
+        """End all processes, the proxy first."""
+        for name in ("nginx", "superexec", "superlink"):
+            process = self._processes.pop(name, None)
+            if process is not None:
+                with suppress(psutil.Error):
+                    _end_tree(psutil.Process(process.pid))
+                process.wait()
+
+
+def _end_tree(process: psutil.Process) -> None:
+    """End a process and all that it started."""
+    everyone = [process, *process.children(recursive=True)]
+    for one in everyone:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(everyone, STOP_TIMEOUT_S)
+    for one in alive:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(alive, STOP_TIMEOUT_S)
+
+
+def expiry_warnings(centre: Centre) -> list[str]:
+    """Sentences about certificates that expire within a month."""
+    renew = f"'hemafed-server renew {centre.folder}' makes new ones; hospitals need nothing new"
+    anew = "the authority itself ends: every hospital must be invited anew (see RUNBOOK.md, Rotation)"
+    checks = ((centre.public, renew), (centre.loopback, renew), (centre.authority, anew))
+    return [text for pair, remedy in checks if (text := expiry_warning(pair.certificate, remedy))]
