@@ -216,11 +216,12 @@ def test_optimisers_go_on_from_their_state(optimiser: str, parts: int) -> None:
 
 
 def test_muon_moves_a_matrix_alike_in_all_directions() -> None:
-    learner = fresh(changed(train__weight_decay=0.0))
+    config = changed(train__weight_decay=0.0)
+    learner = fresh(config)
     weight = learner.model.encoder.layers[0].blocks[0].attn.proj.weight
     before = weight.detach().clone()
     step_with_noise(learner, 3)
-    moved = torch.linalg.svdvals((weight.detach() - before).double()) / 0.02
+    moved = torch.linalg.svdvals((weight.detach() - before).double()) / config.train.matrix_rate
     assert (
         moved.min() > 0.5
     )  # Newton and Schulz end between 0.7 and 1.2, from singular values that differ a hundredfold
