@@ -241,6 +241,8 @@ def describe_round(number: int, result: RoundResult) -> dict:
         sites[name] = {
             "weight": site.weight,
             "bytes_up": site.bytes_up,
+            "norm": float(f"{site.norm:.6g}"),
+            **({"shrunk": result.shrunk[name]} if name in result.shrunk else {}),
             "audit": site.audit,
             **seconds,
             **losses,
@@ -266,6 +268,8 @@ def round_text(line: dict, rounds: int) -> str:
     areas = [s["val_auc_before"] for s in told if s.get("val_auc_before") is not None]
     if areas:
         text += f", validation AUC before it {np.mean(areas):.3f}"
+    shrunk = {site: s["shrunk"] for site, s in line["sites"].items() if "shrunk" in s}
+    text += "".join(f"\n  {site}: its update was shortened to {v:.2g} of its length" for site, v in shrunk.items())
     return text + "".join(f"\n  refused {site}: {why}" for site, why in line["refused"].items())
 
 

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from server.aggregate import WeightedSum, fold, mean
+from server.robust import combine, is_plain, update_norm
 from server.runs import write_status
 from shared.config import FederationSettings
 from shared.metrics import Tally
@@ -126,6 +127,7 @@ class SiteRound:
     Attributes:
       weight: of its update.
       bytes_up: size of its tensors and counts.
+      norm: length of its update.
       metrics: loss sums, steps, seconds; empty if withheld.
       tally: counts of validation scores of the global encoder that the round began with; None if withheld.
       audit: newest hash of the site's audit log, before it sent this; kept so that the site cannot shorten its log.
@@ -133,6 +135,7 @@ class SiteRound:
 
     weight: float
     bytes_up: int
+    norm: float
     metrics: dict[str, float]
     tally: Tally | None
     audit: str = ""
@@ -146,6 +149,7 @@ class RoundResult:
       arrays: the new global tensors.
       sites: per site that was folded in.
       refused: site -> why its reply was not used.
+      shrunk: site -> what its update was multiplied by, where federation.norm_bound shortened it.
       bytes_down: size of the tensors sent to each site.
       seconds: wall clock.
     """
@@ -153,6 +157,7 @@ class RoundResult:
     arrays: dict
     sites: dict[str, SiteRound]
     refused: dict[str, str]
+    shrunk: dict[str, float]
     bytes_down: int
     seconds: float
 
@@ -343,15 +348,20 @@ def train_round(
     def awaiting(name: str) -> None:
         write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
 
-    total, sites, refused, missed = WeightedSum({}), {}, {}, {}
+    plain = is_plain(settings)
+    total, held, sites, refused, missed = WeightedSum({}), {}, {}, {}, {}
     for name, reply in receive(grid, messages, settings.round_deadline_s, missed, awaiting):
         try:
-            site_round, update = _read_update(reply, name, weights[name], expected, settings)
-            total = fold(total, update, weights[name])
+            content = _content_from(reply, name, settings)
+            update = from_record(part_of(content, "update", ArrayRecord), expected)
+            sites[name] = _site_round(content, weights[name], update_norm(update, arrays))
         except UpdateError as error:
             refused[name] = str(error)
             continue
-        sites[name] = site_round
+        if plain:  # one update in memory at a time
+            total = fold(total, update, weights[name])
+        else:
+            held[name] = update
     now = time.monotonic()
     session.roster.late |= {
         n: Late(id_, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, id_ in missed.items()
@@ -365,28 +375,37 @@ def train_round(
             f"round {round_number}: {len(sites)} good updates, federation.quorum is {settings.quorum}; the last checkpoint is that "
             f"of round {round_number - 1}{reasons}"
         )
+    if plain:
+        average, shrunk = mean(total), {}
+    else:
+        with _quiet_flower():
+            combined = combine(held, weights, arrays, settings)
+        average, shrunk = combined.arrays, combined.shrunk
     return RoundResult(
-        arrays=server_step(strategy, round_number, arrays, mean(total)),
+        arrays=server_step(strategy, round_number, arrays, average),
         sites=sites,
         refused=refused,
+        shrunk=shrunk,
         bytes_down=record_bytes(record),
         seconds=time.perf_counter() - started,
     )
 
 
-def _read_update(
-    reply: Message | None, name: str, weight: float, expected: dict, settings: FederationSettings
-) -> tuple[SiteRound, Tensors]:
-    """One reply, checked."""
+def _content_from(reply: Message | None, name: str, settings: FederationSettings) -> RecordDict:
+    """What a site's reply to a round holds, if it is the site's."""
     content = content_of(reply, settings.round_deadline_s)
-    facts = part_of(content, "facts", ConfigRecord)
-    if facts.get("site") != name:
-        raise UpdateError(f"the reply says that it is from site {facts.get('site')!r}")
-    update = from_record(part_of(content, "update", ArrayRecord), expected)
-    metrics = read_metrics(content)
+    said = part_of(content, "facts", ConfigRecord).get("site")
+    if said != name:
+        raise UpdateError(f"the reply says that it is from site {said!r}")
+    return content
+
+
+def _site_round(content: RecordDict, weight: float, norm: float) -> SiteRound:
+    """What a site's reply says beside its update, checked."""
     tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
     sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
-    return SiteRound(weight, sent, metrics, tally, str(facts.get("audit", ""))[:64]), update
+    audit = str(content["facts"].get("audit", ""))[:64]
+    return SiteRound(weight, sent, norm, read_metrics(content), tally, audit)
 
 
 def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: Tensors) -> dict:

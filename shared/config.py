@@ -118,6 +118,10 @@ class FederationSettings:
     Attributes:
       rounds: number of rounds.
       strategy: fedavg, fedprox, fedavgm or fedadam.
+      rule: how a round's updates become one: "mean", or one that a hospital gone wrong cannot move at will: "median",
+        "trimmed-mean" or "krum"; these count each hospital once, whatever its weight.
+      faulty: of how many hospitals at a time the trimmed mean and Krum may be wrong.
+      norm_bound: an update longer than this many times the round's median is shortened to it; 0 is no bound.
       share: "encoder" sends tensors under `encoder.` only, "all" the heads too.
       heads: what the global model uses as heads: average, ensemble or probe.
       quorum: fewest good updates for a round; below it the run waits, and asks for the round again.
@@ -131,6 +135,9 @@ class FederationSettings:
 
     rounds: int = 12
     strategy: str = "fedavg"
+    rule: str = "mean"
+    faulty: int = 1
+    norm_bound: float = 0.0
     share: str = "encoder"
     heads: str = "average"
     quorum: int = 2
@@ -167,6 +174,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.augment": ("none", "pose", "scanner"),
     "train.precision": ("auto", "bf16", "fp32"),
     "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),
+    "federation.rule": ("mean", "median", "trimmed-mean", "krum"),
     "federation.share": ("encoder", "all"),
     "federation.heads": ("average", "ensemble", "probe"),
 }
@@ -181,6 +189,8 @@ _LEAST: dict[str, float] = {
     "loss.rec": 0,
     "federation.rounds": 1,
     "federation.quorum": 1,
+    "federation.faulty": 0,
+    "federation.norm_bound": 0,
     "federation.wait_s": 0,
     "federation.proximal_mu": 0,
     "federation.server_momentum": 0,
@@ -245,7 +255,19 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     config.model.windows()
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")
+    _check_rule(config.federation)
     return config
+
+
+def _check_rule(settings: FederationSettings) -> None:
+    """A rule that compares hospitals needs enough of them in every round."""
+    # Yin et al. 2018 (arXiv:1803.01498), definition 2; Blanchard et al. 2017 (arXiv:1703.02757), section 4: n >= 2 f + 3.
+    least = {"median": 3, "trimmed-mean": 2 * settings.faulty + 1, "krum": settings.faulty + 3}.get(settings.rule, 1)
+    if settings.quorum < least:
+        raise ConfigError(
+            f"federation.rule is {settings.rule!r} with federation.faulty = {settings.faulty} and federation.quorum = "
+            f"{settings.quorum}; expected a quorum of at least {least}, or another rule"
+        )
 
 
 def _checked(key: str, value: Any, expected: type) -> Scalar:

@@ -41,10 +41,12 @@ class View:
     Attributes:
       noiseless: without the scanner's noise, for a reader who sees more than a network.
       feature_on: the planted feature forced on or off, for a counterfactual; None leaves it as drawn.
+      tested: only the patients of the test split.
     """
 
     noiseless: bool = False
     feature_on: bool | None = None
+    tested: bool = False
 
 
 AS_DRAWN = View()
@@ -71,7 +73,7 @@ def draw_hospitals(
       Name -> cache, memory-mapped.
     """
     draw_missing([(hospital, seed, view) for hospital in hospitals], store, workers, progress)
-    return {hospital.name: _read(_folder(store, hospital, seed, view), hospital) for hospital in hospitals}
+    return {hospital.name: _read(_folder(store, hospital, seed, view), hospital, view) for hospital in hospitals}
 
 
 def draw_missing(
@@ -87,12 +89,22 @@ def draw_missing(
         return
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("forkserver")) as pool:
         for folder, (hospital, seed, view) in missing.items():
-            parts = []
-            jobs = pool.map(_draw_patient, repeat(hospital), repeat(seed), range(hospital.patients), repeat(view))
-            for part in jobs:
+            parts, numbers = [], list(_splits(hospital, view))
+            for part in pool.map(_draw_patient, repeat(hospital), repeat(seed), numbers, repeat(view)):
                 parts.append(part)
-                progress(f"{hospital.name}, seed {seed}", len(parts), hospital.patients)
+                progress(f"{hospital.name}, seed {seed}", len(parts), len(numbers))
             _write(folder, parts)
+
+
+def _splits(hospital: Hospital, view: View) -> dict[int, str]:
+    """Number and split of each patient that is drawn; a training hospital's are split as an ingest would, by number."""
+    names = [_patient_name(hospital, number) for number in range(hospital.patients)]
+    splits = assign_splits(names, {}) if hospital.role == "train" else dict.fromkeys(names, "test")
+    return {n: splits[name] for n, name in enumerate(names) if not view.tested or splits[name] == "test"}
+
+
+def _patient_name(hospital: Hospital, number: int) -> str:
+    return f"{hospital.name}-{number:03d}"
 
 
 def _folder(store: Path, hospital: Hospital, seed: int, view: View) -> Path:
@@ -183,17 +195,16 @@ def _write(folder: Path, parts: list) -> None:
         shutil.rmtree(partial)
 
 
-def _read(folder: Path, hospital: Hospital) -> SliceCache:
-    """The patients are numbered; a training hospital's are split as an ingest would split them, by number."""
-    names = [f"{hospital.name}-{number:03d}" for number in range(hospital.patients)]
-    splits = assign_splits(names, {}) if hospital.role == "train" else dict.fromkeys(names, "test")
+def _read(folder: Path, hospital: Hospital, view: View) -> SliceCache:
+    """A drawn hospital."""
+    splits = _splits(hospital, view)
     label = np.load(folder / "labels.npy")
-    patient = np.repeat(names, len(label) // len(names))
+    slices = len(label) // len(splits)
     return SliceCache(
         hu=np.load(folder / "hu.npy", mmap_mode="r"),
         masks=np.load(folder / "masks.npy", mmap_mode="r"),
-        patient=patient,
+        patient=np.repeat([_patient_name(hospital, number) for number in splits], slices),
         label=label,
         has_mask=np.ones(len(label), np.bool_),
-        split=np.array([splits[name] for name in patient]),
+        split=np.repeat(list(splits.values()), slices),
     )

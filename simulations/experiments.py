@@ -26,7 +26,7 @@ import torch
 from shared.config import ConfigError, RunConfig, parse_config
 from simulations.consortia import consortium
 from simulations.sites import VERSION
-from simulations.training import MODES, StudyError
+from simulations.training import ATTACKS, MODES, StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, RESULTS = ROOT / "simulations" / "experiments", ROOT / "simulations" / "results"
@@ -51,6 +51,7 @@ class Arm:
       heads: average, ensemble or probe.
       last: share of the rounds, from the end, whose global tensors are averaged (stochastic weight averaging); 0 is none.
       adjust: whether sites' weights follow their generalisation gaps (FedDG-GA).
+      attack: what the last training hospital does with its update, one of ATTACKS; "" is nothing.
       adapt: what an unseen hospital does without labels: one of ADAPTATIONS.
       against: arm that encoders are compared with, for the measure "similarity".
       measures: of MEASURES; scores are always kept.
@@ -59,12 +60,13 @@ class Arm:
     name: str
     mode: str = "pooled"
     config: dict[str, object] = field(default_factory=dict)
-    steps: int = 1500
+    steps: int = 1000
     consortium: str = "hospitals"
     hospitals: tuple[int, ...] = ()
     heads: str = "average"
     last: float = 0.0
     adjust: bool = False
+    attack: str = ""
     adapt: str = "none"
     against: str = ""
     measures: tuple[str, ...] = ()
@@ -148,7 +150,7 @@ class Training:
     """One model to train; several arms may share it.
 
     Attributes:
-      consortium, mode, hospitals, config, steps, last, adjust, seed: as in Arm.
+      consortium, mode, hospitals, config, steps, last, adjust, attack, seed: as in Arm.
       cosines: whether the tasks' gradients are compared on the way.
     """
 
@@ -159,6 +161,7 @@ class Training:
     steps: int
     last: float
     adjust: bool
+    attack: str
     seed: int
     cosines: bool
 
@@ -184,9 +187,8 @@ def trainings(job: Job) -> list[Training]:
             del flat[key]
         for part in parts:
             cosines = "cosines" in arm.measures
-            needed.append(
-                Training(arm.consortium, arm.mode, part, flat, arm.steps, arm.last, arm.adjust, job.seed, cosines)
-            )
+            how = (arm.steps, arm.last, arm.adjust, arm.attack)
+            needed.append(Training(arm.consortium, arm.mode, part, flat, *how, job.seed, cosines))
     return needed
 
 
@@ -231,7 +233,12 @@ def _read_arm(experiment: str, common: dict, entry: dict) -> Arm:
     if unknown:
         raise StudyError(f"experiment {experiment!r}: unknown key {sorted(unknown)[0]!r} of an arm")
     arm = Arm(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-    for key, choices in (("mode", MODES), ("heads", HEADS), ("adapt", ADAPTATIONS)):
+    for key, choices in (
+        ("mode", MODES),
+        ("heads", HEADS),
+        ("adapt", ADAPTATIONS),
+        ("attack", tuple(ATTACKS)),
+    ):
         if getattr(arm, key) not in choices:
             raise StudyError(
                 f"experiment {experiment!r}, arm {arm.name!r}: {key} is {getattr(arm, key)!r}, expected one of {choices}"

@@ -21,9 +21,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.train import Learner, build_learner, train_round, training_inputs
 from server.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.checkpoint import read_tensors, write_tensors
+from server.robust import combine, is_plain
 from server.strategy import build_strategy, server_step
 from shared.batches import Batch, batches_in, read_batch
-from shared.config import RunConfig
+from shared.config import FederationSettings, RunConfig
 from shared.losses import slice_losses
 from shared.model import VARIANTS, MultiTaskSwin
 from shared.scoring import best_device
@@ -32,6 +33,8 @@ from shared.wire import Tensors, groups_shared, to_arrays
 
 MODES = ("federated", "pooled", "alone")
 ADJUSTMENT = 0.1  # FedDG-GA's largest step of a site's weight in the first round; it falls to 0 with the rounds
+# What the last site sends in place of its update: the update times this.
+ATTACKS = {"": 1.0, "flipped sign": -1.0, "hundredfold": 100.0}
 POOL = "pool"  # the name of the one site that pooled hospitals make
 
 
@@ -75,6 +78,7 @@ def train(
     config: RunConfig,
     mode: str,
     adjust: bool = False,
+    attack: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
     after_round: AfterRound = lambda number, arrays, model: None,
 ) -> Trained:
@@ -86,6 +90,7 @@ def train(
         of one.
       mode: one of MODES.
       adjust: whether sites' weights in the mean follow their generalisation gaps (FedDG-GA).
+      attack: what the last site, by name, does with its update before it sends it; one of ATTACKS.
       progress: told rounds done and rounds in all.
       after_round: given the round, the global tensors after it, and the first site's model as it trained it.
     Raises:
@@ -108,7 +113,7 @@ def train(
     held = {name: _validation(caches[name], config) for name in names} if adjust else {}
     weights, after = dict.fromkeys(names, 1 / len(names) if adjust else 1.0), {}
     for number in range(1, settings.rounds + 1):
-        total, reports = WeightedSum({}), []
+        updates, reports = {}, []
         for name in names:
             learners[name].model.load_state_dict(
                 {n: torch.from_numpy(np.asarray(v)) for n, v in arrays.items()}, strict=False
@@ -127,9 +132,11 @@ def train(
                 proximal_mu=settings.proximal_mu if settings.strategy == "fedprox" else 0.0,
             )
             after[name] = _loss(learners[name], held[name], config) if adjust else 0.0
-            total = fold(total, to_arrays(model.state_dict(), shared), weights[name])
+            updates[name] = to_arrays(model.state_dict(), shared)
             reports.append(report)
-        arrays = server_step(strategy, number, arrays, mean(total))
+        if attack:
+            updates[names[-1]] = _attacked(updates[names[-1]], arrays, ATTACKS[attack])
+        arrays = server_step(strategy, number, arrays, _average(updates, weights, arrays, settings))
         images += sum(report.slices for report in reports)
         losses = {k: float(np.mean([getattr(r, k) / r.slices for r in reports])) for k in ("cls", "seg", "rec")}
         trace.append(losses | {f"weight_{k}": v for k, v in learners[names[0]].balance.weights().items()})
@@ -141,6 +148,23 @@ def train(
         heads = {name: to_arrays(learners[name].model.state_dict(), ("cls", "seg", "rec")) for name in names}
     encoder = {n: v for n, v in arrays.items() if n.startswith("encoder.")}
     return Trained(encoder, heads, trace, time.perf_counter() - started, images)
+
+
+def _attacked(update: Tensors, start: Tensors, factor: float) -> Tensors:
+    """What a hospital gone wrong sends: its update made longer or turned round."""
+    return {n: (start[n] + factor * (v - start[n])).astype(np.float32) for n, v in update.items()}
+
+
+def _average(
+    updates: dict[str, Tensors], weights: dict[str, float], start: Tensors, settings: FederationSettings
+) -> Tensors:
+    """A round's updates as one, as server/strategy.py combines what arrives."""
+    if not is_plain(settings):
+        return combine(updates, weights, start, settings).arrays
+    total = WeightedSum({})
+    for name in sorted(updates):
+        total = fold(total, updates[name], weights[name])
+    return mean(total)
 
 
 def _validation(cache: SliceCache, config: RunConfig) -> Batch:

@@ -28,6 +28,7 @@ from simulations.measures import Voter, attention, load, reliance, score, scores
 from simulations.training import Trained, pool, read_trained, save_trained, train, with_steps
 
 _COSINE_SLICES = 48
+_NOISELESS = View(noiseless=True, tested=True)  # what the ceiling's reader sees, in the order of the tested slices
 _COSINE_MOMENTS = 10  # of a training, at which the tasks' gradients are compared
 
 
@@ -76,10 +77,15 @@ def _needed(job: Job) -> list[tuple[Hospital, int, View]]:
     if arm.heads == "probe":
         wanted.append((DEVELOPMENT, AS_DRAWN))
     if "reliance" in arm.measures:
-        wanted += [(hospital, View(feature_on=on)) for on in (True, False) for hospital in group.training]
+        wanted += [(hospital, _edited(on)) for on in (True, False) for hospital in group.training]
     if "ceiling" in arm.measures:
-        wanted += [(hospital, View(noiseless=True)) for hospital in every]
+        wanted += [(hospital, _NOISELESS) for hospital in every]
     return [(hospital, job.seed, view) for hospital, view in wanted]
+
+
+def _edited(feature_on: bool) -> View:
+    """The counterfactual: tested patients with the planted feature, or without it."""
+    return View(feature_on=feature_on, tested=True)
 
 
 def train_one(training: Training, store: Path) -> str:
@@ -100,7 +106,7 @@ def train_one(training: Training, store: Path) -> str:
         if probe is not None and (number % every == 0 or number == 1):
             cosines.append({"round": number, "rounds": rounds} | task_cosines(model, probe))
 
-    trained = train(caches, config, training.mode, training.adjust, after_round=after_round)
+    trained = train(caches, config, training.mode, training.adjust, training.attack, after_round=after_round)
     if tail:  # stochastic weight averaging (Izmailov et al. 2018, arXiv:1803.05407) of the global encoder
         trained = replace(trained, encoder={n: np.mean([a[n] for a in tail], axis=0) for n in trained.encoder})
     save_trained(training.folder(store), replace(trained, cosines=tuple(cosines)))
@@ -137,7 +143,7 @@ def measure_job(job: Job, store: Path, commit: str) -> str:
         groups = {"seen": drawn.training()} | drawn.tests()
         measures["attention"] = {name: attention(voters[0], caches, config) for name, caches in groups.items()}
     if "reliance" in arm.measures:
-        on, off = (pool(drawn.training(View(feature_on=state))) for state in (True, False))
+        on, off = (pool(drawn.training(_edited(state))) for state in (True, False))
         measures["reliance"] = reliance(voters[0], on, off, config)
     if "similarity" in arm.measures:
         other = read_trained(needed[-1].folder(store))
@@ -195,22 +201,19 @@ def _retrained(voter: Voter, cache: SliceCache, config: RunConfig) -> Voter:
 
 def _ceiling(drawn: Drawn) -> dict[str, dict[str, dict[str, dict]]]:
     """Scores of the oracle and of radiomics fitted on the training hospitals' training patients."""
-    training, noiseless = pool(drawn.training()), pool(drawn.training(View(noiseless=True)))
+    training = pool(drawn.training())
     rows = training.rows("train")
     rows = rows[~np.isnan(training.label[rows])]
     features = radiomics(training.hu[rows], training.masks[rows])
     estimator = fit_radiomics(features, training.label[rows], seed=drawn.seed)
-    groups = {"seen": (training, noiseless, training.rows("test"))}
+    groups = {"seen": (training, pool(drawn.training(_NOISELESS)), training.rows("test"))}
     for name, caches in drawn.tests().items():
-        clean = pool(drawn.tests(View(noiseless=True))[name])
         whole = pool(caches)
-        groups[name] = (whole, clean, whole.rows())
+        groups[name] = (whole, pool(drawn.tests(_NOISELESS)[name]), whole.rows())
     result: dict = {"oracle": {}, "radiomics": {}}
     for name, (cache, clean, chosen) in groups.items():
         logits = {
-            "oracle": np.log1p(
-                oracle_scores(clean.hu[chosen], cache.masks[chosen])
-            ),  # within the bins of shared/metrics
+            "oracle": np.log1p(oracle_scores(clean.hu, cache.masks[chosen])),  # within the bins of shared/metrics
             "radiomics": radiomics_scores(estimator, radiomics(cache.hu[chosen], cache.masks[chosen])),
         }
         for reader, logit in logits.items():

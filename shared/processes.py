@@ -1,0 +1,91 @@
+"""Processes that a daemon starts and must never leave behind, whatever ends the daemon.
+
+A daemon holds a lock file while it lives, and marks all that it starts by a variable of their environment, which whatever
+they start inherits. A daemon that was killed leaves them running; the next one finds them by the mark and ends them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+OWNER = "HEMAFED_OWNER"  # environment of what a daemon starts: the daemon's folder
+END_TIMEOUT_S = 15.0
+_LOCK_WAIT_S = 2.0  # a look at the lock (is_held) takes it for a moment
+
+
+class HeldError(RuntimeError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def hold(path: Path, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
+    """Hold a lock file; the lock goes with the process, however it ends.
+
+    Raises:
+      HeldError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + wait_s
+    with open(path, "a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise HeldError(str(path)) from error
+                time.sleep(0.1)
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock."""
+    try:
+        with hold(path, wait_s=0.0):
+            return False
+    except HeldError:
+        return True
+
+
+def owned(owner: Path) -> list[psutil.Process]:
+    """Processes that a daemon of this folder started, and theirs, also where the daemon is gone."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(OWNER) == str(owner):
+                found.append(process)
+    return found
+
+
+def end_all(processes: list[psutil.Process], timeout_s: float = END_TIMEOUT_S) -> None:
+    """Ask processes to end, and kill those that do not in time."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, timeout_s)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout_s)
+
+
+def flower_environment(owner: Path, home: Path, **more: str) -> dict[str, str]:
+    """The environment of Flower's programs: its home, no telemetry, nothing installed at run time, the daemon's mark."""
+    environment = os.environ | {
+        OWNER: str(owner),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        **more,
+    }
+    environment.pop("PYTHONPATH", None)
+    return environment
