@@ -181,7 +181,8 @@ def join_command(
 
     Ends with 1 if something is not ready and names it and the next step.
     """
-    from client.join import check_ready, install_unit, join
+    from client.join import install_unit, join
+    from client.ready import check_ready
 
     try:
         site = read_site(site_yaml)

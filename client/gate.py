@@ -35,10 +35,12 @@ RUNNING = "HEMAFED_RUNNING"  # environment: file for the number of the process t
 def code_hash(root: Path = ROOT) -> str:
     """SHA-256 over names and contents of the Python files that run in a hospital; 64 hexadecimal digits.
 
+    These are the files right in client/ and shared/, as an app bundle holds them (fab-include in pyproject.toml).
+
     Args:
       root: folder with client/ and shared/: an installation, or an unpacked app bundle.
     """
-    files = sorted(path for folder in HOSPITAL_CODE for path in (root / folder).rglob("*.py"))
+    files = sorted(path for folder in HOSPITAL_CODE for path in (root / folder).glob("*.py"))
     named = [[path.relative_to(root).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
@@ -94,8 +96,16 @@ def main() -> None:
 
     close_bundles()
     if RUNNING in os.environ:
-        Path(os.environ[RUNNING]).write_text(str(os.getpid()))
+        _tell_pid(Path(os.environ[RUNNING]))
     flwr_clientapp()
+
+
+def _tell_pid(path: Path) -> None:
+    """Say which process answers; on a full disk nothing, for an old number would be taken for a dead one's."""
+    try:
+        path.write_text(str(os.getpid()))
+    except OSError:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

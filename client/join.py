@@ -7,160 +7,30 @@ app processes that it starts run the hospital's own code (client/gate.py).
 
 from __future__ import annotations
 
-import http.client
 import os
 import queue
 import shlex
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import psutil
-from cryptography import x509
 
-from client.enrol import Centre, read_known_centre, read_node_key
+from client.enrol import read_known_centre
 from client.gate import RUNNING
 from shared.enrol import EnrolError
+from shared.processes import HeldError, end_all, flower_environment, hold, owned
 from shared.site import Site
-from shared.slices import CacheError, read_cache
 
-CLOCK_S = 120.0  # Flower takes a node's signature for five minutes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
 STEADY_S = 120.0  # a node that lived that long did not fail at its start
 WEDGED_S = 90.0  # a node answers for an app that died after 66 s; one that has not by then never will
 _REFUSING = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
-
-    Attributes:
-      what: data, key, certificate authority, connection, clock.
-      good: whether it is as it should be.
-      text: what was found; of a fault also the next step.
-    """
-
-    what: str
-    good: bool
-    text: str
-
-
-def check_ready(site: Site, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[Finding]:
-    """Look at everything that a hospital needs to take part, in seconds; all of it, whatever fails."""
-    findings = [_data(site)]
-    try:
-        centre = read_known_centre(site)
-    except EnrolError as error:
-        return [*findings, Finding("centre", False, str(error))]
-    return [*findings, _key(centre), _authority(centre), *_connection(centre, now)]
-
-
-def _data(site: Site) -> Finding:
-    """A fast form of `hemafed-client check`: what ingest left."""
-    try:
-        cache = read_cache(site.cache)
-    except CacheError as error:
-        return Finding("data", False, f"{error}")
-    split = "train" if site.role == "train" else "test"
-    rows = len(cache.rows(split)) if site.role == "train" else len(cache.label)
-    if rows < 2:
-        return Finding(
-            "data", False, f"{rows} slices to {split} on; run 'hemafed-client check' and see what was left out"
-        )
-    return Finding("data", True, f"{rows} slices to {split} on")
-
-
-def _key(centre: Centre) -> Finding:
-    try:
-        read_node_key(centre)
-    except EnrolError as error:
-        return Finding("key", False, str(error))
-    return Finding("key", True, centre.fingerprint())
-
-
-def _authority(centre: Centre) -> Finding:
-    try:
-        certificate = x509.load_pem_x509_certificate(centre.authority.read_bytes())
-    except (OSError, ValueError) as error:
-        text = (
-            f"{centre.authority}: no certificate ({type(error).__name__}); restore it from the invitation or a backup"
-        )
-        return Finding("authority", False, text)
-    left = (certificate.not_valid_after_utc - datetime.now(UTC)).days
-    if left < 0:
-        text = f"the centre's authority expired on {certificate.not_valid_after_utc:%Y-%m-%d}; ask the centre for a new invitation"
-        return Finding("authority", False, text)
-    return Finding("authority", True, f"of the centre, good for {left} days")
-
-
-def _connection(centre: Centre, now: Callable[[], datetime]) -> list[Finding]:
-    """Whether the centre answers, and what its clock says."""
-    try:
-        context = ssl.create_default_context(cafile=str(centre.authority))
-        connection = http.client.HTTPSConnection(centre.host, centre.port, timeout=10, context=context)
-        connection.request("GET", "/")
-        answer = connection.getresponse()
-        days = _days_left(connection)
-        theirs = answer.headers["Date"]
-        connection.close()
-    except ssl.SSLCertVerificationError as error:
-        return [Finding("connection", False, _certificate_text(centre, error))]
-    except (OSError, http.client.HTTPException, ssl.SSLError) as error:
-        return [Finding("connection", False, _unreachable_text(centre, error))]
-    soon = f"; its certificate expires in {days:.0f} days, tell the centre" if days < 30 else ""
-    findings = [Finding("connection", True, f"{centre.address} answers{soon}")]
-    if theirs:
-        ahead = (now() - parsedate_to_datetime(theirs)).total_seconds()
-        good = abs(ahead) <= CLOCK_S
-        told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the centre's"
-        remedy = (
-            "" if good else "; set it (timedatectl set-ntp true): the centre refuses signatures that are not of now"
-        )
-        findings.append(Finding("clock", good, told + remedy))
-    return findings
-
-
-def _days_left(connection: http.client.HTTPSConnection) -> float:
-    """Days until the centre's certificate expires."""
-    certificate = connection.sock.getpeercert()
-    return (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
-
-
-def _certificate_text(centre: Centre, error: ssl.SSLCertVerificationError) -> str:
-    """Why the centre's certificate is not taken."""
-    if "expired" in error.verify_message:
-        return f"the certificate of {centre.address} has expired; the centre must run 'hemafed-server renew'"
-    if "mismatch" in error.verify_message or "not valid for" in error.verify_message:
-        return f"the certificate of {centre.address} is for another name ({error.verify_message}); check the address with the centre"
-    return (
-        f"the certificate of {centre.address} is not signed by the centre's authority ({error.verify_message}): it is another server, "
-        "something in between reads the traffic, or the centre has a new authority; ask the centre, and do not go on without an answer"
-    )
-
-
-def _unreachable_text(centre: Centre, error: Exception) -> str:
-    """Why there was no answer."""
-    if isinstance(error, socket.gaierror):
-        return f"there is no host {centre.host!r} ({error.strerror}); check the name and the DNS"
-    if isinstance(error, ConnectionRefusedError):
-        return f"{centre.address} refuses connections: the centre is down, or the port is another; ask the centre"
-    if isinstance(error, TimeoutError):
-        return (
-            f"{centre.address} does not answer within 10 s: ask the hospital's firewall for outgoing TCP to that port"
-        )
-    if isinstance(error, ssl.SSLError):
-        return f"{centre.address} does not speak TLS ({error.reason}): another service is there; check the port with the centre"
-    return f"{centre.address} cannot be reached ({type(error).__name__}: {error}); check network and firewall"
 
 
 class Daemon:
@@ -178,21 +48,42 @@ class Daemon:
         self._stopping.set()
 
     def run(self) -> None:
-        """Supervise until `stop`."""
-        binaries = self._write_programs()
+        """Supervise until `stop`.
+
+        Raises:
+          EnrolError: another daemon of this site runs.
+        """
+        try:
+            with hold(self._centre.folder / "lock"):
+                end_all(owned(self._centre.folder))  # what a daemon that was killed left running
+                self._supervise()
+        except HeldError as error:
+            raise EnrolError(
+                f"site {self._site.name!r} takes part already, from another process on this machine; a site is joined once: "
+                "end the other, or look whether its service runs (systemctl status)"
+            ) from error
+        self._say("stopped")
+
+    def _supervise(self) -> None:
+        """Start the node, again whenever it has ended."""
+        programs = self._write_programs()
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
             self._running.unlink(missing_ok=True)
             self._reason = ""
             started = time.monotonic()
-            node = self._start(binaries)
-            self._watch(node)
+            node = self._start(programs)
+            try:
+                self._watch(node)
+            finally:
+                # By a signal first: a node that says good-bye can come back at once.
+                end_all(owned(self._centre.folder))
+                node.wait()
             if self._stopping.is_set():
                 break
             pause_s = FIRST_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_PAUSE_S)
             self._say(f"the node ended: {self._reason or f'exit status {node.returncode}'}; again in {pause_s:.0f} s")
             self._stopping.wait(pause_s)
-        self._say("stopped")
 
     def _write_programs(self) -> Path:
         """The folder that comes first on the node's PATH: our program for client apps, and a refusal of other apps."""
@@ -215,15 +106,8 @@ class Daemon:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = os.environ | {
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "PATH": os.pathsep.join([str(programs), str(flower), os.environ.get("PATH", "")]),
-            RUNNING: str(self._running),
-        }
-        environment.pop("PYTHONPATH", None)
+        path = os.pathsep.join([str(programs), str(flower), os.environ.get("PATH", "")])
+        environment = flower_environment(self._centre.folder, home, PATH=path, **{RUNNING: str(self._running)})
         command = [
             str(flower / "flower-supernode"),
             "--superlink",
@@ -272,7 +156,6 @@ class Daemon:
             if dead_since is not None and time.monotonic() - dead_since > WEDGED_S:
                 self._reason = "its app ended without an answer"
                 break
-        _end(node)
 
     def _app_is_dead(self) -> bool:
         """Whether the process that answers has ended; not before it began."""
@@ -312,27 +195,6 @@ def _reason(line: str) -> str:
     if "does not recognize this SuperNode" in line:
         return "the centre has forgotten this node, as it does when it starts anew"
     return ""
-
-
-def _end(node: subprocess.Popen) -> None:
-    """End the node and what it started; a signal lets it say good-bye, so that it can come back at once."""
-    started = []
-    if node.poll() is None:
-        started = psutil.Process(node.pid).children(recursive=True)
-        node.terminate()
-        try:
-            node.wait(15)
-        except subprocess.TimeoutExpired:
-            node.kill()
-            node.wait()
-    for child in started:
-        try:
-            child.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    _, alive = psutil.wait_procs(started, 10)
-    for child in alive:
-        child.kill()
 
 
 def unit_text(site_yaml: Path, user: bool) -> str:

@@ -8,6 +8,7 @@ hospital's own disk between rounds (LocalState); they never travel with a round.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import time
@@ -29,6 +30,9 @@ from shared.slices import SliceCache
 
 # Where the network meets pixels and the logit: no rotation of their inputs is natural, so they are not Muon's.
 _EDGES = ("encoder.patch_embed.", "cls.", "seg.output.", "rec.output.")
+
+
+KEPT_ROUNDS = 3
 
 
 class TrainError(RuntimeError):
@@ -271,8 +275,9 @@ def proximal_term(model: nn.Module, anchor: Mapping[str, Tensor], mu: float) -> 
 class LocalState:
     """A run's heads and optimiser state on the hospital's disk; nothing of it leaves.
 
-    One file per round, written beside its place and moved there in one step; the last two are kept, so that a round
-    which the server asks for again, after a crash, begins where it began. Flower's context state would lose all this on
+    One file per round, written beside its place and moved there in one step; the last KEPT_ROUNDS are kept, so that a round
+    which the server asks for again, after a crash, begins where it began, also where the server's newest checkpoint was
+    damaged and it goes on from the one before. Flower's context state would lose all this on
     a restart of the node, and silently above 400 MB.
 
     Attributes:
@@ -282,18 +287,38 @@ class LocalState:
     folder: Path
 
     def save(self, learner: Learner, round_number: int) -> None:
-        """Write heads, balance and optimisers' state after `round_number`."""
+        """Write heads, balance and optimisers' state after `round_number`.
+
+        Raises:
+          TrainError: the disk is full, or the folder cannot be written; its place is not told.
+        """
+        try:
+            self._save(learner, round_number)
+        except OSError as error:
+            raise TrainError(
+                f"the site's state of run {self.folder.name!r} cannot be written ({error.strerror}), so its update does not leave; the "
+                "site must make room or correct the rights of its state folder"
+            ) from error
+
+    def _save(self, learner: Learner, round_number: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "heads": {n: tensor for n, tensor in learner.model.state_dict().items() if not n.startswith("encoder.")},
             "balance": learner.balance.state_dict(),
             "optimisers": learner.optimisers.state_dict(),
         }
+        for left in self.folder.glob("*.partial"):  # of a process that was killed
+            left.unlink()
         partial = self.folder / f"{os.getpid()}.partial"
-        torch.save(content, partial)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # to a file, a full disk is a RuntimeError without a cause
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self._path(round_number))
         for number in self._rounds():
-            if not round_number - 1 <= number <= round_number:
+            if not round_number - KEPT_ROUNDS < number <= round_number:
                 self._path(number).unlink()
 
     def restore(self, learner: Learner, before: int | None = None) -> int:

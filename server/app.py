@@ -26,18 +26,9 @@ from server.checkpoint import (
 )
 from server.evaluate import EvaluationError, fit_probe, summarise_run
 from server.report import write_report
+from server.roster import Member, QuorumError, Session, content_of, gather, receive
 from server.runs import RunError, append_round, open_run, read_rounds, save_tally, update_summary, write_status
-from server.strategy import (
-    Member,
-    QuorumError,
-    RoundResult,
-    Session,
-    build_strategy,
-    content_of,
-    gather,
-    receive,
-    repeat_round,
-)
+from server.strategy import RoundResult, build_strategy, repeat_round
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import auc
 from shared.model import ModelError, MultiTaskSwin, load_pretrained

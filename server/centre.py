@@ -24,7 +24,7 @@ from pathlib import Path
 
 import tomli_w
 
-from server.authority import LOOPBACK, Pair, issue_server, make_authority, write_private
+from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, make_authority, write_private
 from shared.enrol import Invitation, Request, check_request, key_fingerprint
 from shared.site import is_site_name
 
@@ -258,11 +258,26 @@ def read_sites(centre: Centre) -> dict[str, KnownSite]:
     return sites
 
 
+def read_nodes(centre: Centre) -> dict[str, str]:
+    """Site -> number of its node in the running SuperLink; empty before it runs."""
+    path = centre.state / "nodes.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_nodes(centre: Centre, nodes: dict[str, str]) -> None:
+    """The inverse of read_nodes."""
+    _replace(centre.state / "nodes.json", nodes)
+
+
 def _write_site(centre: Centre, site: KnownSite) -> None:
-    """Replace a site's file in one step."""
-    path = centre.folder / "sites" / f"{site.site}.json"
+    """Replace a site's file."""
+    _replace(centre.folder / "sites" / f"{site.site}.json", asdict(site))
+
+
+def _replace(path: Path, content: dict) -> None:
+    """Replace a JSON file in one step."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(site), indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 
 
@@ -272,3 +287,11 @@ def _token_hash(token: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def expiry_warnings(centre: Centre) -> list[str]:
+    """Sentences about certificates that expire within a month."""
+    renew = f"'hemafed-server renew {centre.folder}' makes new ones; hospitals need nothing new"
+    anew = "the authority itself ends: every hospital must be invited anew (see RUNBOOK.md, Rotation)"
+    checks = ((centre.public, renew), (centre.loopback, renew), (centre.authority, anew))
+    return [text for pair, remedy in checks if (text := expiry_warning(pair.certificate, remedy))]

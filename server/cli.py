@@ -18,6 +18,7 @@ from server.centre import (
     INVITATION_DAYS,
     Centre,
     CentreError,
+    expiry_warnings,
     init_centre,
     invite,
     read_centre,
@@ -26,19 +27,12 @@ from server.centre import (
     revoke,
 )
 from server.checkpoint import CheckpointError
-from server.daemon import (
-    TERMINAL,
-    Daemon,
-    expiry_warnings,
-    is_running,
-    read_wanted,
-    want_run,
-    write_wanted,
-)
+from server.daemon import Daemon
 from server.evaluate import EvaluationError, evaluate_unseen
 from server.report import metric_text, write_report
 from server.runs import RunError, flatten, new_run_name, read_config, read_keys, read_summary
 from server.state import follow_run, sites_table, status_lines, write_unit
+from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from shared.config import ConfigError, parse_config
 from shared.enrol import EnrolError, Request, read_letter, write_letter
 from shared.site import SiteError

@@ -7,149 +7,33 @@ its last checkpoint. Commands of the centre's operator change files in the centr
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import tomli_w
 
-from server.authority import expiry_warning
-from server.centre import CONNECTION, Centre, CentreError, read_sites
-from server.proxy import find_nginx, write_proxy_config
+from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read_sites, write_nodes
+from server.flower import PROGRAMS, centre_environment, flwr
+from server.proxy import find_nginx, stop_proxy, write_proxy_config
 from server.runs import read_status
+from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_wanted
+from shared.processes import HeldError, end_all, hold, owned
 
 ROOT = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 20.0
+START_TIMEOUT_S = 60.0
 LOOK_S, ASK_FLOWER_S = 1.0, 15.0
 RESTART_PAUSE_S = 2.0
-MOST_ATTEMPTS = 10  # of a run that crashes without a word; each resumes, so a round may have been won
-TERMINAL = ("finished", "failed", "stopped")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The run that the centre is to carry out, in state/run.json.
-
-    Attributes:
-      name: of its folder in runs/.
-      config: sections of its run config.
-      status: waiting (to be started or resumed), running, or one of TERMINAL.
-      attempts: how often it was started.
-      flower_run: Flower's number of it.
-      error: why it failed, or why it was started again.
-      not_before: time of the next attempt.
-      stop: whether it is to be stopped.
-    """
-
-    name: str
-    config: dict[str, dict]
-    status: str = "waiting"
-    attempts: int = 0
-    flower_run: str = ""
-    error: str = ""
-    not_before: float = 0.0
-    stop: bool = False
-
-
-def read_wanted(centre: Centre) -> Wanted | None:
-    """The run that is wanted or was the last; None if there never was one."""
-    path = centre.state / "run.json"
-    return Wanted(**json.loads(path.read_text())) if path.is_file() else None
-
-
-def write_wanted(centre: Centre, wanted: Wanted) -> None:
-    """Replace state/run.json in one step."""
-    path = centre.state / "run.json"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(wanted), indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
-    """Ask for a run.
-
-    Raises:
-      CentreError: another one is going on.
-    """
-    last = read_wanted(centre)
-    if last is not None and last.status not in TERMINAL:
-        raise CentreError(
-            f"run {last.name!r} is {last.status}; a centre carries out one run at a time: wait, or 'hemafed-server stop' it"
-        )
-    write_wanted(centre, Wanted(name, config))
-
-
-def is_running(centre: Centre) -> bool:
-    """Whether a daemon of this centre is there."""
-    try:
-        with _locked(centre):
-            return False
-    except CentreError:
-        return True
-
-
-@contextmanager
-def _locked(centre: Centre) -> Iterator[None]:
-    """Hold the centre; the lock goes with the process, however it ends.
-
-    Raises:
-      CentreError: another process holds it.
-    """
-    centre.state.mkdir(parents=True, exist_ok=True)
-    with open(centre.state / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CentreError(
-                f"the centre in {centre.folder} is running already; 'hemafed-server status' shows it"
-            ) from error
-        yield
-
-
-def flower_environment(centre: Centre) -> dict[str, str]:
-    """For Flower's programs and commands of this centre."""
-    environment = os.environ | {
-        "FLWR_HOME": str(centre.flower),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-    environment.pop("PYTHONPATH", None)
-    return environment
-
-
-def flwr(centre: Centre, *arguments: str) -> dict:
-    """Run one of Flower's commands against the centre's SuperLink; what it prints as JSON.
-
-    Raises:
-      CentreError: it failed; with its words.
-    """
-    command = [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"]
-    done = subprocess.run(
-        command, env=flower_environment(centre), cwd=centre.flower, capture_output=True, text=True, check=False
-    )
-    try:
-        content = json.loads(done.stdout[done.stdout.index("{") :])
-    except ValueError:
-        content = {}
-    if done.returncode or not content or content.get("success") is False:
-        told = content.get("error-message") or (done.stderr or done.stdout).strip()[-500:]
-        raise CentreError(f"'flwr {' '.join(arguments[:2])}' failed: {told or f'exit status {done.returncode}'}")
-    return content
+MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
+LONGEST_PAUSE_S = 300.0
+RESTARTED = "the server was restarted"
 
 
 class Daemon:
@@ -174,28 +58,36 @@ class Daemon:
           CentreError: nginx is missing, or another daemon of this centre runs.
         """
         find_nginx()
-        with _locked(self._centre):
-            self._end_leftovers()
+        try:
+            with hold(lock_path(self._centre)):
+                self._end_all()  # what a daemon that was killed left running: its ports and its run are ours now
+                self._serve_until_stopped()
+        except HeldError as error:
+            raise CentreError(
+                f"the centre in {self._centre.folder} is running already; 'hemafed-server status' shows it"
+            ) from error
+        self._say("stopped")
+
+    def _serve_until_stopped(self) -> None:
+        """Start all processes, again whenever one of Flower's has ended."""
+        while not self._stopping.is_set():
             try:
-                while not self._stopping.is_set():
-                    try:
-                        self._serve()
-                    except CentreError as error:
-                        self._say(str(error))
-                    self._end_all()
-                    if not self._stopping.is_set():
-                        self._say(f"starting again in {RESTART_PAUSE_S:g} s")
-                        self._stopping.wait(RESTART_PAUSE_S)
+                self._serve()
+            except (CentreError, OSError) as error:  # OSError: a full disk, say; it may be mended meanwhile
+                self._say(str(error))
             finally:
                 self._end_all()
-        self._say("stopped")
+            if not self._stopping.is_set():
+                self._say(f"starting again in {RESTART_PAUSE_S:g} s")
+                self._stopping.wait(RESTART_PAUSE_S)
 
     def _serve(self) -> None:
         """Start all processes; return when one of Flower's has ended, or on `stop`."""
         self._start_flower()
         wanted = read_wanted(self._centre)
         if wanted is not None and wanted.status == "running":  # of the SuperLink before
-            self._write(wanted, status="waiting", error="the server was restarted")
+            ended = read_status(self._centre.runs / wanted.name).get("state") == "finished"
+            self._write(wanted, status="finished" if ended else "waiting", error="" if ended else RESTARTED)
         self._registered = {}
         self._sync_sites()
         self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
@@ -251,18 +143,16 @@ class Daemon:
         log = self._log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         if "/" not in command[0]:
-            command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+            command = [str(PROGRAMS / command[0]), *command[1:]]
         with open(log, "a") as file:
             self._processes[name] = subprocess.Popen(
                 command,
                 cwd=self._centre.flower,
-                env=flower_environment(self._centre),
+                env=centre_environment(self._centre),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        pids = {name: process.pid for name, process in self._processes.items()}
-        (self._centre.state / "processes.json").write_text(json.dumps({"daemon": os.getpid(), **pids}))
 
     def _log(self, name: str) -> Path:
         return self._centre.state / "logs" / f"{name}.log"
@@ -290,6 +180,7 @@ class Daemon:
             if keys.get(name) != key:
                 flwr(self._centre, "supernode", "unregister", node, CONNECTION)
                 del self._registered[name]
+                self._tell_nodes()
                 self._say(f"site {name} is no longer admitted")
         for name, key in keys.items():
             if name not in self._registered:
@@ -297,7 +188,12 @@ class Daemon:
                 path.write_text(key + "\n")
                 told = flwr(self._centre, "supernode", "register", str(path), CONNECTION, "--name", name)
                 self._registered[name] = (key, str(told["node-id"]))
+                self._tell_nodes()
                 self._say(f"site {name} is admitted as node {told['node-id']}")
+
+    def _tell_nodes(self) -> None:
+        """Say in state/nodes.json which of Flower's nodes is which site: Flower's own list has no names."""
+        write_nodes(self._centre, {name: node for name, (_, node) in self._registered.items()})
 
     def _sync_run(self) -> None:
         """Start, resume, stop or follow the run that is wanted."""
@@ -346,7 +242,7 @@ class Daemon:
         elif wanted.attempts >= MOST_ATTEMPTS:
             self._write(wanted, status="failed", error=f"{status} {MOST_ATTEMPTS} times; see {self._log('superexec')}")
         else:
-            pause_s = min(10.0 * 2**wanted.attempts, 300.0)
+            pause_s = min(10.0 * 2**wanted.attempts, LONGEST_PAUSE_S)
             self._write(
                 wanted, status="waiting", error=f"its process ended ({status})", not_before=time.time() + pause_s
             )
@@ -367,44 +263,10 @@ class Daemon:
             for warning in expiry_warnings(self._centre):
                 self._say(warning)
 
-    def _end_leftovers(self) -> None:
-        """End what a daemon that was killed left running: its ports and its run are ours now."""
-        path = self._centre.state / "processes.json"
-        if not path.is_file():
-            return
-        for name, pid in json.loads(path.read_text()).items():
-            with suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if name != "daemon" and str(self._centre.folder) in " ".join(process.cmdline()):
-                    self._say(f"ending {name} of the daemon before")
-                    _end_tree(process)
-
     def _end_all(self) -> None:
-        """End all processes, the proxy first."""
-        for name in ("nginx", "superexec", "superlink"):
-            process = self._processes.pop(name, None)
-            if process is not None:
-                with suppress(psutil.Error):
-                    _end_tree(psutil.Process(process.pid))
-                process.wait()
-
-
-def _end_tree(process: psutil.Process) -> None:
-    """End a process and all that it started."""
-    everyone = [process, *process.children(recursive=True)]
-    for one in everyone:
-        with suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(everyone, STOP_TIMEOUT_S)
-    for one in alive:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(alive, STOP_TIMEOUT_S)
-
-
-def expiry_warnings(centre: Centre) -> list[str]:
-    """Sentences about certificates that expire within a month."""
-    renew = f"'hemafed-server renew {centre.folder}' makes new ones; hospitals need nothing new"
-    anew = "the authority itself ends: every hospital must be invited anew (see RUNBOOK.md, Rotation)"
-    checks = ((centre.public, renew), (centre.loopback, renew), (centre.authority, anew))
-    return [text for pair, remedy in checks if (text := expiry_warning(pair.certificate, remedy))]
+        """End all processes of this centre, the proxy first, whichever daemon started them."""
+        stop_proxy(self._centre)
+        end_all(owned(self._centre.folder))
+        for process in self._processes.values():
+            process.wait()
+        self._processes = {}

@@ -9,7 +9,10 @@ known by their keys: Flower checks a signature on each call. Nodes that would re
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from server.centre import Centre, CentreError
 
@@ -103,3 +106,13 @@ def find_nginx() -> str:
     if program is None:
         raise CentreError("nginx is not installed; on Debian or Ubuntu: apt install nginx-light")
     return program
+
+
+def stop_proxy(centre: Centre) -> None:
+    """End the centre's nginx, whoever started it; it hides the environment that other processes are known by."""
+    pid_file = centre.state / "nginx.pid"
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int(pid_file.read_text()))
+        if process.name() == "nginx":
+            process.terminate()
+            process.wait(10)

@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from server.centre import CONNECTION, Centre, CentreError, read_sites
-from server.daemon import TERMINAL, Wanted, expiry_warnings, flwr, is_running, read_wanted
+from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read_nodes, read_sites
+from server.flower import flwr
 from server.runs import read_rounds, read_status
+from server.wanted import TERMINAL, Wanted, is_running, read_wanted
 
 FOLLOW_S = 1.0
 
@@ -24,7 +25,8 @@ def online(centre: Centre) -> dict[str, dict]:
     if not is_running(centre):
         return {}
     with suppress(CentreError):  # it may be starting
-        return {str(node.get("name")): node for node in flwr(centre, "supernode", "ls", CONNECTION)["nodes"]}
+        nodes = {str(node["node-id"]): node for node in flwr(centre, "supernode", "ls", CONNECTION)["nodes"]}
+        return {site: nodes[number] for site, number in read_nodes(centre).items() if number in nodes}
     return {}
 
 
@@ -41,12 +43,10 @@ def sites_table(centre: Centre) -> Table:
 
 
 def _online_text(node: dict) -> str:
-    """Whether a node is online, or since when it is not."""
-    status = str(node.get("status", ""))
-    if status == "online":
-        return f"since {node.get('last-activated-at', '?')}"
-    last = node.get("last-deactivated-at") or node.get("online-until")
-    return f"no, last seen {last}" if last and last != "N/A" else "no"
+    """Whether a node is online, and since when; or when it was last."""
+    if node.get("status") == "online":
+        return f"since {node['online-at']}"
+    return f"no, last seen {node['offline-at']}" if node.get("offline-at") else "no"
 
 
 def status_lines(centre: Centre) -> Iterator[str]:

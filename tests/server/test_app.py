@@ -14,8 +14,8 @@ from flwr.app import Message
 from server.checkpoint import load_checkpoint, read_tensors
 from server.evaluate import EvaluationError, evaluate_unseen
 from server.report import write_report
+from server.roster import QuorumError
 from server.runs import RunError, load_tallies, read_config, read_rounds, read_summary
-from server.strategy import QuorumError
 from shared.config import ConfigError
 from shared.metrics import merge_tallies, summarise
 from tests.conftest import SmallHospitals, edit_site, small_config

@@ -10,7 +10,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from client.train import build_learner, training_inputs
 from client.train import train_round as train_locally
-from server.strategy import QuorumError, Session, build_strategy, gather, receive, repeat_round, train_round
+from server.roster import QuorumError, Session, gather, receive
+from server.strategy import build_strategy, repeat_round, train_round
 from shared.config import FederationSettings, parse_config
 from shared.scoring import build_model
 from shared.wire import to_arrays
