@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from server.authority import AuthorityError, days_left, fingerprint
 from server.centre import (
@@ -26,23 +24,17 @@ from server.centre import (
     renew_certificates,
     revoke,
 )
-from server.checkpoint import CheckpointError
 from server.daemon import Daemon
-from server.evaluate import EvaluationError, evaluate_unseen
-from server.report import metric_text, write_report
-from server.runs import RunError, flatten, new_run_name, read_config, read_keys, read_summary
+from server.runs import RunError, flatten, new_run_name, read_keys
 from server.state import follow_run, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from shared.config import ConfigError, parse_config
 from shared.enrol import EnrolError, Request, read_letter, write_letter
-from shared.site import SiteError
-from shared.slices import CacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What the coordinating centre does.")
 console = Console(width=None if sys.stdout.isatty() else 110)
 CentreFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the centre's folder")]
 SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
-ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
 
 
 @app.callback()
@@ -174,7 +166,7 @@ def run_command(
         want_run(centre, name, config)
         say(f"run {name} is on its way: hemafed-server status {folder}")
         ended = follow_run(centre, name, say) if follow else None
-    except (CentreError, *ERRORS) as error:
+    except (CentreError, RunError, ConfigError, OSError) as error:
         fail(error)
     if ended is not None and ended.status != "finished":
         fail(CentreError(f"run {name} {ended.status}: {ended.error or 'on request'}"))
@@ -210,18 +202,21 @@ def evaluate(
     site_yaml: Annotated[list[Path], typer.Argument(help="site.yaml of each held-out hospital, ingested")],
 ) -> None:
     """Test a run's global model on hospitals that never trained; complete its summary and report."""
+    from server.results import ERRORS, evaluate_run, result_table  # torch and all: slow to load, and only needed here
+
     try:
-        evaluate_unseen(run, read_config(run), site_yaml, lambda line: console.print(line, highlight=False))
-        page = write_report(run)
+        page, summary = evaluate_run(run, site_yaml, lambda line: console.print(line, highlight=False))
     except ERRORS as error:
         fail(error)
-    console.print(result_table(read_summary(run)))
+    console.print(result_table(summary))
     console.print(f"report: {page}", highlight=False)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/latest")]) -> None:
     """Write a run's report.html anew from what its folder holds."""
+    from server.results import ERRORS, write_report
+
     try:
         console.print(f"report: {write_report(run)}", highlight=False)
     except ERRORS as error:
@@ -237,31 +232,6 @@ def fail(error: Exception) -> None:
     """Say what is wrong and leave with exit status 1."""
     console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
     raise typer.Exit(1) from error
-
-
-def result_table(summary: dict) -> Table:
-    """AUC, F1 and Dice with intervals: seen and unseen, before and after, and each hospital."""
-    table = Table(caption="with 95 % intervals: bootstrap over patients", caption_justify="left", box=SIMPLE_HEAD)
-    for name in ("hospitals", "AUC", "F1", "Dice", "slices", "patients"):
-        table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
-    before, after = summary.get("evaluation_before_training", {}), summary.get("evaluation", {})
-    for part, label in (("seen", "seen"), ("unseen", "unseen")):
-        for stage, result in (("before training", before), ("after training", after)):
-            if part in result:
-                table.add_row(f"{label}, {stage}", *_cells(result[part]), style="bold" if result is after else "dim")
-    table.add_section()
-    for site, result in sorted(after.get("per_site", {}).items()):
-        table.add_row(f"{site} ({result['part']})", *_cells(result))
-    return table
-
-
-def _cells(result: dict) -> list[str]:
-    """A row's numbers."""
-    texts = [metric_text(result[name]) for name in ("auc", "f1", "dice")]
-    return [f"{t['value']} {t['interval']}".strip() for t in texts] + [
-        str(result["auc"]["n_slices"]),
-        str(result["auc"]["n_patients"]),
-    ]
 
 
 def main() -> None:

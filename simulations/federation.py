@@ -115,7 +115,9 @@ class Federation:
             _program(list(arguments)), cwd=self.folder, capture_output=True, text=True, env=_plain(), check=False
         )
         if done.returncode:
-            raise FederationError(f"{' '.join(arguments[:3])} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise FederationError(
+                f"{' '.join(arguments[:3])} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def begin_run(self, name: str, config: dict[str, object]) -> None:
@@ -137,7 +139,9 @@ class Federation:
         """Return when the centre takes connections; a hospital that came before would wait longer and longer between tries."""
         log = self.log("centre")
         begun = log.read_text().count("serving hospitals") if log.is_file() else 0
-        self.wait_for(lambda: log.read_text().count("serving hospitals") > begun, ONLINE_TIMEOUT_S, "the centre serving")
+        self.wait_for(
+            lambda: log.read_text().count("serving hospitals") > begun, ONLINE_TIMEOUT_S, "the centre serving"
+        )
 
     def wait_online(self, names: list[str], timeout_s: float = ONLINE_TIMEOUT_S) -> None:
         """Return when these hospitals are connected."""
@@ -150,6 +154,7 @@ class Federation:
 
     def wait_rounds(self, run: str, rounds: int, timeout_s: float) -> None:
         """Return when a run has finished so many rounds."""
+
         def reached() -> bool:
             wanted = read_wanted(self.centre)
             if wanted is not None and wanted.status in TERMINAL and wanted.status != "finished":

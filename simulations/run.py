@@ -20,10 +20,8 @@ from rich.table import Table
 
 from client.ingest import IngestError, ingest
 from client.train import TrainError
-from server.cli import ERRORS, result_table
-from server.evaluate import evaluate_unseen
-from server.report import write_report
-from server.runs import flatten, new_run_name, read_config, read_keys, read_summary
+from server.results import ERRORS, evaluate_run, result_table
+from server.runs import flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
 from shared.site import SiteError, read_site
 from simulations.experiments import STORE, all_experiments, jobs, read_experiment, run_jobs
@@ -101,12 +99,11 @@ def demo(
         console.rule("evaluation on hospitals that never trained")
         folder = runs.absolute() / config["run"]["id"]
         held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
-        evaluate_unseen(folder, read_config(folder), held_out, lambda line: console.print(line, highlight=False))
-        page = write_report(folder)
+        page, summary = evaluate_run(folder, held_out, lambda line: console.print(line, highlight=False))
     except (SimulationError, IngestError, *ERRORS) as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
-    console.print(result_table(read_summary(folder)))
+    console.print(result_table(summary))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
 
 
