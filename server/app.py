@@ -8,6 +8,7 @@ held-out hospitals comes after (server/evaluate.py), from the folder that this l
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from server.aggregate import WeightedSum, fold, mean
 from server.checkpoint import (
     CheckpointError,
-    has_checkpoint,
+    checkpoints,
     load_checkpoint,
     restore_optimiser,
     save_checkpoint,
@@ -27,7 +28,16 @@ from server.checkpoint import (
 from server.evaluate import EvaluationError, fit_probe, summarise_run
 from server.report import write_report
 from server.roster import Member, QuorumError, Session, content_of, gather, receive
-from server.runs import RunError, append_round, open_run, read_rounds, save_tally, update_summary, write_status
+from server.runs import (
+    RunError,
+    append_round,
+    open_run,
+    read_rounds,
+    save_tally,
+    update_summary,
+    write_patiently,
+    write_status,
+)
 from server.strategy import RoundResult, build_strategy, repeat_round
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import auc
@@ -101,10 +111,10 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     arrays = to_arrays(model.state_dict(), shared)
     strategy = build_strategy(settings)
     first = 1
-    if config.run.resume and not has_checkpoint(run / "checkpoint"):
+    if config.run.resume and not checkpoints(run / "checkpoint"):
         say("resuming before the first checkpoint: beginning with round 1")
     elif config.run.resume:
-        saved = load_checkpoint(run / "checkpoint")
+        saved = load_checkpoint(run / "checkpoint", say)
         arrays, first = (
             from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
             saved.round_number + 1,
@@ -127,9 +137,11 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     for number in range(first, settings.rounds + 1):
         result = repeat_round(session, strategy, arrays, number)
         arrays = result.arrays
-        save_checkpoint(run / "checkpoint", number, arrays, strategy)
         line = describe_round(number, result)
-        append_round(run, line)
+        write_patiently(
+            run, partial(append_round, run, line)
+        )  # first: of a round that is done again, the last line counts
+        write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, strategy, list(result.sites)))
         say(round_text(line, settings.rounds))
 
     say("collecting heads and testing the final model")

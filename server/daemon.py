@@ -30,7 +30,7 @@ from shared.processes import HeldError, end_all, hold, owned
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 60.0
 LOOK_S, ASK_FLOWER_S = 1.0, 15.0
-RESTART_PAUSE_S = 2.0
+RESTART_PAUSE_S, RETRY_S = 2.0, 10.0
 MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
 LONGEST_PAUSE_S = 300.0
 RESTARTED = "the server was restarted"
@@ -93,17 +93,27 @@ class Daemon:
         self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
         self._say(f"serving hospitals at {self._centre.host}:{self._centre.port}")
         while not self._stopping.wait(LOOK_S):
-            for name in ("superlink", "superexec"):
-                if self._processes[name].poll() is not None:
-                    raise CentreError(
-                        f"{name} ended ({self._processes[name].returncode}); its log is {self._log(name)}"
-                    )
-            if self._processes["nginx"].poll() is not None:
-                self._say(f"nginx ended; its log is {self._log('nginx')}; starting it again")
-                self._start_proxy()
-            self._warn_of_expiry()
-            self._sync_sites()
-            self._sync_run()
+            self._look_after_processes()
+            try:
+                self._warn_of_expiry()
+                self._sync_sites()
+                self._sync_run()
+            except (CentreError, OSError) as error:  # a busy SuperLink, a full disk: no reason to end what runs
+                self._say(f"{error}; again in {RETRY_S:g} s")
+                self._stopping.wait(RETRY_S)
+
+    def _look_after_processes(self) -> None:
+        """Start nginx again if it ended.
+
+        Raises:
+          CentreError: one of Flower's ended; what it knew is lost, so all begins anew.
+        """
+        for name in ("superlink", "superexec"):
+            if self._processes[name].poll() is not None:
+                raise CentreError(f"{name} ended ({self._processes[name].returncode}); its log is {self._log(name)}")
+        if self._processes["nginx"].poll() is not None:
+            self._say(f"nginx ended; its log is {self._log('nginx')}; starting it again")
+            self._start_proxy()
 
     def _start_flower(self) -> None:
         """SuperLink and SuperExec, on loopback."""

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from server.checkpoint import FILE, read_tensors
+from server.checkpoint import load_checkpoint, read_tensors
 from server.examples import EXAMPLES, draw_examples
 from server.runs import load_tallies, read_summary, save_tally, update_summary
 from shared.batches import read_batch
@@ -60,11 +60,17 @@ def open_held_out(path: Path) -> tuple[Site, SliceCache]:
 def load_model(run: Path, config: RunConfig, stage: str) -> tuple[MultiTaskSwin, list[dict[str, torch.Tensor]]]:
     """The global model of a run before ("initial") or after ("final") training, and its sets of heads."""
     model = build_model(config.model, config.run.seed)
-    name = FILE if stage == "final" else "initial.safetensors"
-    tensors, _ = read_tensors(run / "checkpoint" / name)
-    model.load_state_dict(
-        {n: torch.from_numpy(v) for n, v in tensors.items() if not n.startswith("optimiser.")}, strict=False
-    )
+    if stage == "initial":
+        arrays, _ = read_tensors(run / "checkpoint" / "initial.safetensors")
+    else:
+        saved = load_checkpoint(run / "checkpoint")
+        if saved.round_number != config.federation.rounds:
+            raise EvaluationError(
+                f"run {run.resolve().name!r} has a whole checkpoint of round {saved.round_number}, expected of its last, "
+                f"{config.federation.rounds}: resume the run first"
+            )
+        arrays = saved.arrays
+    model.load_state_dict({n: torch.from_numpy(v) for n, v in arrays.items()}, strict=False)
     sets = []
     for path in sorted((run / "checkpoint").glob(f"heads-{stage}-*.safetensors")):
         tensors, _ = read_tensors(path)

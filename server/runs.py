@@ -6,10 +6,12 @@ evaluation/ (counts per site), summary.json and report.html. `latest` beside it 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,8 @@ import tomli_w
 
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
+
+DISK_PAUSE_S = 15.0
 
 
 class RunError(ValueError):
@@ -92,8 +96,35 @@ def flatten(sections: dict[str, dict]) -> dict:
 
 
 def write_status(run: Path, state: str, **facts: object) -> None:
-    """Say in status.json how a run stands: "running", "waiting", "finished" or "failed", and what of."""
-    _write(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
+    """Say in status.json how a run stands: "running", "waiting", "finished", "failed" or "crashed", and what of.
+
+    It is for those who look; a full disk does not stop a run here.
+    """
+    try:
+        _write(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
+    except OSError as error:
+        print(f"status.json cannot be written ({error.strerror}): {state} {facts}", flush=True)
+
+
+def write_patiently(run: Path, write: Callable[[], None]) -> None:
+    """Write to a run's folder, waiting for room where the disk is full: what hospitals trained is not lost.
+
+    Args:
+      run: the run's folder.
+      write: tried until it succeeds.
+    Raises:
+      OSError: it fails for another reason.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            what = f"room on the disk of {run}: {error.strerror}"
+            print(f"waiting for {what}", flush=True)
+            write_status(run, "waiting", what=what)
+            time.sleep(DISK_PAUSE_S)
 
 
 def read_status(run: Path) -> dict:
@@ -120,16 +151,27 @@ def read_config(run: Path) -> RunConfig:
 
 
 def append_round(run: Path, line: dict) -> None:
-    """Add a round to rounds.jsonl."""
-    with open(run / "rounds.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a round to rounds.jsonl, on a line of its own whatever a crash left there."""
+    path = run / "rounds.jsonl"
+    before = path.read_bytes() if path.is_file() else b""
+    with open(path, "a") as file:
+        file.write(("\n" if before and not before.endswith(b"\n") else "") + json.dumps(line) + "\n")
 
 
 def read_rounds(run: Path) -> list[dict]:
     """All rounds, in order; of a round that was done again after a crash, the last."""
     path = run / "rounds.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [_line(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    lines = [line for line in lines if line is not None]
     return [line for _, line in sorted({line["round"]: line for line in lines}.items())]
+
+
+def _line(text: str) -> dict | None:
+    """A line of rounds.jsonl; None for one that a crash cut off, whose round is done again."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally) -> None:

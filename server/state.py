@@ -18,6 +18,7 @@ from server.runs import read_rounds, read_status
 from server.wanted import TERMINAL, Wanted, is_running, read_wanted
 
 FOLLOW_S = 1.0
+LEAST_FREE_GB = 2.0
 
 
 def online(centre: Centre) -> dict[str, dict]:
@@ -54,6 +55,9 @@ def status_lines(centre: Centre) -> Iterator[str]:
     running = is_running(centre)
     yield f"centre {centre.host}:{centre.port} is {'running' if running else 'not running'} ({centre.folder})"
     yield from expiry_warnings(centre)
+    free_gb = shutil.disk_usage(centre.folder).free / 1e9
+    if free_gb < LEAST_FREE_GB:
+        yield f"the disk of {centre.folder} has {free_gb:.1f} GB left: make room, a run waits where it cannot be stored"
     sites = read_sites(centre)
     nodes = online(centre)
     here = sorted(name for name, node in nodes.items() if node.get("status") == "online")

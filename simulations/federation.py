@@ -253,7 +253,7 @@ def _own_site(folder: Path, file: Path) -> Path:
     for key in ("images", "masks", "labels"):
         if content["data"].get(key):
             content["data"][key] = str(getattr(given, key))
-    content |= {"cache": str(given.cache), "state": "state/"}
+    content |= {"site": folder.name, "cache": str(given.cache), "state": "state/"}
     (folder / "site.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "site.yaml"
 
