@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: simulate test hospitals clean
+.PHONY: simulate federation test hospitals clean
 
 simulate: $(VENV)/app.done
 	$(BIN)/hemafed-sim demo $(ARGS)
+
+federation: $(VENV)/app.done
+	$(BIN)/hemafed-sim federation $(ARGS)
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
@@ -33,4 +36,4 @@ $(VENV)/test.done: $(VENV)/app.done
 	@touch $@
 
 clean:
-	rm -rf $(VENV) hospitals runs
+	rm -rf $(VENV) hospitals runs federation

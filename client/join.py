@@ -27,7 +27,7 @@ from shared.enrol import EnrolError
 from shared.processes import HeldError, end_all, flower_environment, hold, owned
 from shared.site import Site
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
 STEADY_S = 120.0  # a node that lived that long did not fail at its start
 WEDGED_S = 90.0  # a node answers for an app that died after 66 s; one that has not by then never will
 _REFUSING = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")

@@ -62,7 +62,12 @@ class Federation:
         log.parent.mkdir(exist_ok=True)
         with open(log, "a") as file:
             self.running[name] = subprocess.Popen(
-                _program(command), cwd=self.folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                _program(command),
+                cwd=self.folder,
+                env=_plain() | {"OMP_NUM_THREADS": "1"},  # hospitals share this machine, and bits must not depend on it
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def stop(self, name: str) -> None:
@@ -223,7 +228,7 @@ def federate(folder: Path, hospitals: dict[str, Path], invited: list[str] | None
     folder.mkdir(parents=True)
     port, loopback_port = _free_ports(2)
     centre = folder / "centre"
-    sites = {name: _own_site(folder / name, file) for name, file in hospitals.items()}
+    sites = {name: own_site(folder / name, file) for name, file in hospitals.items()}
     place = ["--host", "localhost", "--listen", "127.0.0.1", "--port", str(port), "--loopback-port", str(loopback_port)]
     federation = Federation(folder, Centre(centre, "localhost", port, "127.0.0.1", loopback_port), sites)
     federation.command("hemafed-server", "init", str(centre), *place)
@@ -245,7 +250,7 @@ def enrol(federation: Federation, name: str) -> None:
     federation.command("hemafed-server", "register", centre, str(request))
 
 
-def _own_site(folder: Path, file: Path) -> Path:
+def own_site(folder: Path, file: Path) -> Path:
     """A hospital's folder on this machine: site.yaml and state of its own, data and cache of the given one."""
     given, content = read_site(file), yaml.safe_load(file.read_text())
     (folder / "state").mkdir(parents=True)

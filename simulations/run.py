@@ -20,11 +20,14 @@ from rich.table import Table
 
 from client.ingest import IngestError, ingest
 from client.train import TrainError
+from server.authority import AuthorityError
+from server.centre import CentreError
 from server.results import ERRORS, evaluate_run, result_table
 from server.runs import flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
 from shared.site import SiteError, read_site
 from simulations.experiments import STORE, all_experiments, jobs, read_experiment, run_jobs
+from simulations.federation import FederationError
 from simulations.physics import physics_table
 from simulations.sites import write_hospitals
 from simulations.superlink import SimulationError, run_app, start_superlink
@@ -105,6 +108,39 @@ def demo(
         raise typer.Exit(1) from error
     console.print(result_table(summary))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
+
+
+@app.command("federation")
+def federation_command(
+    hospitals: Folder = Path("hospitals"),
+    folder: Annotated[Path, typer.Option(help="where the federation is made, anew")] = Path("federation"),
+    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT / "simulations" / "demo.toml",
+    keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
+    seed: Seed = 0,
+) -> None:
+    """A deployed centre and three hospitals on this machine, with a power cut at each, held against a simulation."""
+    from simulations.rehearsal import rehearse
+
+    try:
+        config = flatten(read_keys(preset, keys or []))
+        parse_config(config)
+        outcome = rehearse(
+            folder.absolute(), sites(hospitals, seed), config, lambda line: console.print(line, highlight=False)
+        )
+    except (FederationError, IngestError, TrainError, CentreError, AuthorityError, *ERRORS) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(result_table(outcome.summary))
+    deployed = outcome.deployed
+    console.print(
+        f"unseen AUC: deployed {deployed['value']:.3f} [{deployed['low']:.3f}, {deployed['high']:.3f}], simulated "
+        f"{outcome.simulated:.3f}; largest difference of a value of the encoders: {outcome.difference:g}\n"
+        f"report: {outcome.page}",
+        highlight=False,
+    )
+    if not outcome.agrees:
+        console.print("the deployed run and the simulation do not agree", style="red")
+        raise typer.Exit(1)
 
 
 @app.command("list")

@@ -1,0 +1,20 @@
+"""Three hospitals on two small data sets, as a federation of real processes takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.proxy import find_nginx
+from tests.conftest import SmallHospitals
+
+NAMES = ["hospital-01", "hospital-02", "hospital-03"]
+
+
+@pytest.fixture(scope="session")
+def data(hospitals: SmallHospitals) -> dict[str, Path]:
+    """Name -> site.yaml whose data it has; the third has those of the second, in another order of slices."""
+    find_nginx()  # the centre's door; without it nothing here can run
+    first, second = hospitals.files["hospital-01"], hospitals.files["hospital-02"]
+    return dict(zip(NAMES, (first, second, second), strict=True))
