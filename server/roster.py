@@ -18,7 +18,7 @@ from shared.config import FederationSettings
 from shared.site import is_site_name
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
-POLL_S = 0.2
+FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 HELLO_TIMEOUT_S = 60.0
 WORD_S = 60.0  # between two words about the same wait
 
@@ -197,13 +197,14 @@ def receive(
     ids = {name: next(iter(grid.push_messages([messages[name]])), None) for name in sorted(messages)}
     end = time.monotonic() + timeout_s
     for name, message_id in ids.items():
-        reply = None
+        reply, pause_s = None, FIRST_POLL_S
         awaiting(name)
         while message_id is not None:
             reply = next(iter(grid.pull_messages([message_id])), None)
             if reply is not None or time.monotonic() >= end:
                 break
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, LONGEST_POLL_S)  # each look costs the SuperLink an encrypted call
         if reply is None and message_id is not None and missed is not None:
             missed[name] = message_id
         yield name, reply

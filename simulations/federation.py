@@ -226,7 +226,7 @@ def federate(folder: Path, hospitals: dict[str, Path], invited: list[str] | None
       invited: who is registered from the beginning; by default all.
     """
     folder.mkdir(parents=True)
-    port, loopback_port = _free_ports(2)
+    port, loopback_port = free_ports(2)
     centre = folder / "centre"
     sites = {name: own_site(folder / name, file) for name, file in hospitals.items()}
     place = ["--host", "localhost", "--listen", "127.0.0.1", "--port", str(port), "--loopback-port", str(loopback_port)]
@@ -263,7 +263,7 @@ def own_site(folder: Path, file: Path) -> Path:
     return folder / "site.yaml"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports on loopback that nobody listens on."""
     with_sockets = [socket.socket() for _ in range(count)]
     for one in with_sockets:
