@@ -19,12 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from client.enrol import read_known_centre
 from client.gate import RUNNING
 from shared.enrol import EnrolError
-from shared.processes import HeldError, end_all, flower_environment, hold, owned
+from shared.processes import HeldError, end_all, flower_environment, hold, is_alive, owned
 from shared.site import Site
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
@@ -160,7 +158,7 @@ class Daemon:
     def _app_is_dead(self) -> bool:
         """Whether the process that answers has ended; not before it began."""
         try:
-            return not psutil.pid_exists(int(self._running.read_text()))
+            return not is_alive(int(self._running.read_text()))
         except (OSError, ValueError):
             return False
 

@@ -55,6 +55,14 @@ def is_held(path: Path) -> bool:
         return True
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not fetched by its parent does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def owned(owner: Path) -> list[psutil.Process]:
     """Processes that a daemon of this folder started, and theirs, also where the daemon is gone."""
     found = []

@@ -13,6 +13,7 @@ import pytest
 
 from server.runs import read_rounds
 from server.wanted import read_wanted
+from shared.processes import is_alive
 from simulations.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
@@ -86,7 +87,8 @@ def app_of(federation: Federation, name: str) -> psutil.Process:
     def alive() -> bool:
         with suppress(OSError, ValueError, psutil.Error):
             found[:] = [psutil.Process(int(pid.read_text()))]
-        return bool(found)
+            return is_alive(found[0].pid)
+        return False
 
     federation.wait_for(alive, 120, f"an app of {name}", pause_s=0.05)
     return found[0]
