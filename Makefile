@@ -17,7 +17,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest tests/test_imports.py
-	$(BIN)/pytest --ignore=tests/test_imports.py
+	$(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_imports.py
 
 hospitals: $(VENV)/app.done
 	$(BIN)/hemafed-sim sites $(ARGS)

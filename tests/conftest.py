@@ -35,6 +35,14 @@ REAL_DICOM = Path(__file__).resolve().parents[2] / "shared" / "data" / "dicom"
 PATIENTS, SLICES = 10, 3
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers one tests real processes, first and one after the other; the others take file by file."""
+    for item in items:
+        federation = item.path.parent.name == "federation"
+        item.add_marker(pytest.mark.xdist_group("federation" if federation else str(item.path)))
+    items.sort(key=lambda item: item.path.parent.name != "federation")
+
+
 @dataclass(frozen=True)
 class SmallHospitals:
     """Hospitals 1 and 2 (train) and 5 (held-out), ingested.

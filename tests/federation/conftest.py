@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from server.centre import CentreError
 from server.proxy import find_nginx
 from tests.conftest import SmallHospitals
 
@@ -15,6 +17,11 @@ NAMES = ["hospital-01", "hospital-02", "hospital-03"]
 @pytest.fixture(scope="session")
 def data(hospitals: SmallHospitals) -> dict[str, Path]:
     """Name -> site.yaml whose data it has; the third has those of the second, in another order of slices."""
-    find_nginx()  # the centre's door; without it nothing here can run
+    try:
+        find_nginx()
+    except CentreError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
     first, second = hospitals.files["hospital-01"], hospitals.files["hospital-02"]
     return dict(zip(NAMES, (first, second, second), strict=True))
