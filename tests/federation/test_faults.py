@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,7 +12,6 @@ import pytest
 
 from server.runs import read_rounds
 from server.wanted import read_wanted
-from shared.processes import is_alive
 from simulations.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
@@ -79,19 +77,12 @@ def wait_back(federation: Federation, name: str) -> None:
     )
 
 
-def app_of(federation: Federation, name: str) -> psutil.Process:
-    """The process that answers a message now."""
+def next_app(federation: Federation, name: str) -> psutil.Process:
+    """The process that answers a hospital's next message, as soon as it says so: it is about to train."""
     pid = federation.state(name) / "centre" / "app.pid"
-    found = []
-
-    def alive() -> bool:
-        with suppress(OSError, ValueError, psutil.Error):
-            found[:] = [psutil.Process(int(pid.read_text()))]
-            return is_alive(found[0].pid)
-        return False
-
-    federation.wait_for(alive, 120, f"an app of {name}", pause_s=0.05)
-    return found[0]
+    before = pid.read_text()  # of an app that may still be there though it has answered
+    federation.wait_for(lambda: pid.read_text() not in ("", before), 240, f"an app of {name}", pause_s=0.05)
+    return psutil.Process(int(pid.read_text()))
 
 
 def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
@@ -104,9 +95,8 @@ def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
 def test_a_slow_hospital_is_waited_for_until_the_deadline_and_asked_again_once_it_answered(
     federation: Federation,
 ) -> None:
-    after, place = len(rounds(federation)), len(federation.log("hospital-03").read_text())
-    wait_line(federation, "hospital-03", "Receiving: train", place)
-    slow = app_of(federation, "hospital-03")
+    slow = next_app(federation, "hospital-03")
+    after = len(rounds(federation))
     slow.send_signal(signal.SIGSTOP)
     assert f"no reply within {DEADLINE_S:g} s (federation.round_deadline_s)" in wait_refused(
         federation, "hospital-03", after
@@ -121,9 +111,9 @@ def test_a_slow_hospital_is_waited_for_until_the_deadline_and_asked_again_once_i
 
 
 def test_a_client_app_that_is_killed_while_it_trains_costs_its_round_alone(federation: Federation) -> None:
-    after, place = len(rounds(federation)), len(federation.log("hospital-03").read_text())
-    wait_line(federation, "hospital-03", "Receiving: train", place)
-    app_of(federation, "hospital-03").kill()
+    app = next_app(federation, "hospital-03")
+    after = len(rounds(federation))
+    app.kill()
     reason = wait_refused(federation, "hospital-03", after)
     assert "no reply within" in reason or "stopped responding" in reason
     wait_back(federation, "hospital-03")
