@@ -114,7 +114,9 @@ def demo(
 def federation_command(
     hospitals: Folder = Path("hospitals"),
     folder: Annotated[Path, typer.Option(help="where the federation is made, anew")] = Path("federation"),
-    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT / "simulations" / "demo.toml",
+    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT
+    / "simulations"
+    / "federation.toml",
     keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
     seed: Seed = 0,
 ) -> None:
