@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from functools import cache
@@ -95,9 +96,18 @@ def main() -> None:
     import client.app  # noqa: F401  Flower finds it loaded and takes it
 
     close_bundles()
+    _show_progress()
     if RUNNING in os.environ:
         _tell_pid(Path(os.environ[RUNNING]))
     flwr_clientapp()
+
+
+def _show_progress() -> None:
+    """Epochs and refusals as lines of the hospital's own log."""
+    logger = logging.getLogger("hemafed")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _tell_pid(path: Path) -> None:

@@ -20,7 +20,11 @@ from tests.federation.test_story import wait_line
 
 DEADLINE_S = 45.0
 CONFIG = small_config(
-    federation__rounds=200, federation__quorum=1, federation__wait_s=600.0, federation__round_deadline_s=DEADLINE_S
+    train__epochs=10,
+    federation__rounds=200,
+    federation__quorum=1,
+    federation__wait_s=600.0,
+    federation__round_deadline_s=DEADLINE_S,
 )
 
 
@@ -77,12 +81,10 @@ def wait_back(federation: Federation, name: str) -> None:
     )
 
 
-def next_app(federation: Federation, name: str) -> psutil.Process:
-    """The process that answers a hospital's next message, as soon as it says so: it is about to train."""
-    pid = federation.state(name) / "centre" / "app.pid"
-    before = pid.read_text()  # of an app that may still be there though it has answered
-    federation.wait_for(lambda: pid.read_text() not in ("", before), 240, f"an app of {name}", pause_s=0.05)
-    return psutil.Process(int(pid.read_text()))
+def training_app(federation: Federation, name: str) -> psutil.Process:
+    """The process of a hospital that trains now: its first epoch is done, others are not."""
+    wait_line(federation, name, "epoch 1 of 10", after=len(federation.log(name).read_text()))
+    return psutil.Process(int((federation.state(name) / "centre" / "app.pid").read_text()))
 
 
 def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
@@ -95,7 +97,7 @@ def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
 def test_a_slow_hospital_is_waited_for_until_the_deadline_and_asked_again_once_it_answered(
     federation: Federation,
 ) -> None:
-    slow = next_app(federation, "hospital-03")
+    slow = training_app(federation, "hospital-03")
     after = len(rounds(federation))
     slow.send_signal(signal.SIGSTOP)
     assert f"no reply within {DEADLINE_S:g} s (federation.round_deadline_s)" in wait_refused(
@@ -111,7 +113,7 @@ def test_a_slow_hospital_is_waited_for_until_the_deadline_and_asked_again_once_i
 
 
 def test_a_client_app_that_is_killed_while_it_trains_costs_its_round_alone(federation: Federation) -> None:
-    app = next_app(federation, "hospital-03")
+    app = training_app(federation, "hospital-03")
     after = len(rounds(federation))
     app.kill()
     reason = wait_refused(federation, "hospital-03", after)
