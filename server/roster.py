@@ -5,6 +5,8 @@ Messages go out and replies come in here, one at a time and in the order of site
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from shared.site import is_site_name
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
+LEAST_LOOK_S = 5.0  # after the deadline too: what has arrived is still taken
 HELLO_TIMEOUT_S = 60.0
 WORD_S = 60.0  # between two words about the same wait
 
@@ -44,16 +47,52 @@ class Member:
     counts: dict[str, int]
 
 
+class Look:
+    """Looks for one reply, each time in a thread of its own.
+
+    Of a reply that its node has sent in part, Flower waits for the rest, for minutes and without a way to stop it; a round's
+    deadline must not wait for that.
+    """
+
+    def __init__(self, grid: Grid, message_id: str):
+        self._grid, self._message_id = grid, message_id
+        self._found: queue.SimpleQueue[Message | Exception | None] | None = None
+
+    def __call__(self, timeout_s: float) -> Message | None:
+        """The reply if it is there or comes within the time that is given; a look that takes longer is continued by the next.
+
+        Raises:
+          what Flower raised.
+        """
+        if self._found is None:
+            self._found = queue.SimpleQueue()
+            threading.Thread(target=self._pull, args=(self._found,), daemon=True).start()
+        try:
+            found = self._found.get(timeout=max(timeout_s, LEAST_LOOK_S))
+        except queue.Empty:
+            return None
+        self._found = None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _pull(self, found: queue.SimpleQueue) -> None:
+        try:
+            found.put(next(iter(self._grid.pull_messages([self._message_id])), None))
+        except Exception as error:
+            found.put(error)
+
+
 @dataclass(frozen=True)
 class Late:
     """An answer that did not come by its round's deadline.
 
     Attributes:
-      message_id: Flower's, by which it can still be fetched.
+      look: by which it can still be fetched.
       since, until: when the deadline was, and when it is given up; monotonic seconds.
     """
 
-    message_id: str
+    look: Look
     since: float
     until: float
 
@@ -72,10 +111,10 @@ class Roster:
         free = [m for _, m in sorted(self.members.items()) if m.site not in self.late]
         return [m for m in free if m.role == "train" and m.node_id in online]
 
-    def fetch_late(self, grid: Grid) -> None:
+    def fetch_late(self) -> None:
         """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
         for site, late in list(self.late.items()):
-            came = next(iter(grid.pull_messages([late.message_id])), None) is not None
+            came = late.look(0.0) is not None
             if came or time.monotonic() >= late.until:
                 del self.late[site]
                 ago = time.monotonic() - late.since
@@ -150,7 +189,7 @@ def gather(session: Session) -> list[Member]:
     roster.refused.clear()  # who was turned away may have mended the cause since the last round
     while True:
         greet(grid, roster)
-        roster.fetch_late(grid)
+        roster.fetch_late()
         ready = roster.training(set(grid.get_node_ids()))
         if len(ready) >= settings.quorum:
             return ready
@@ -176,7 +215,7 @@ def receive(
     grid: Grid,
     messages: Mapping[str, Message],
     timeout_s: float,
-    missed: dict[str, str] | None = None,
+    missed: dict[str, Look] | None = None,
     awaiting: Callable[[str], None] = lambda name: None,
 ) -> Iterator[tuple[str, Message | None]]:
     """Send messages, and yield the replies in order of the names, one at a time.
@@ -188,7 +227,7 @@ def receive(
       grid: Flower's.
       messages: name -> message.
       timeout_s: until the deadline.
-      missed: given the ids of messages that were not answered in time.
+      missed: given the looks for replies that did not come in time.
       awaiting: told whose turn it is.
 
     Yields:
@@ -199,14 +238,15 @@ def receive(
     for name, message_id in ids.items():
         reply, pause_s = None, FIRST_POLL_S
         awaiting(name)
-        while message_id is not None:
-            reply = next(iter(grid.pull_messages([message_id])), None)
+        look = None if message_id is None else Look(grid, message_id)
+        while look is not None:
+            reply = look(end - time.monotonic())
             if reply is not None or time.monotonic() >= end:
                 break
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, LONGEST_POLL_S)  # each look costs the SuperLink an encrypted call
-        if reply is None and message_id is not None and missed is not None:
-            missed[name] = message_id
+        if reply is None and look is not None and missed is not None:
+            missed[name] = look
         yield name, reply
 
 

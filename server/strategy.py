@@ -159,7 +159,7 @@ def train_round(
             held[name] = update
     now = time.monotonic()
     session.roster.late |= {
-        n: Late(id_, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, id_ in missed.items()
+        n: Late(look, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, look in missed.items()
     }
     for member in members:
         if member.site not in messages:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -213,10 +215,46 @@ def test_a_late_hospital_is_not_asked_again_before_it_answered(two: SmallHospita
     second = repeat_round(session, strategy, first.arrays, 2)
     assert [list(second.sites), second.refused, len(grid.asked) - asked] == [["hospital-01"], {}, 1]
     for _ in range(12):
-        session.roster.fetch_late(grid)
+        session.roster.fetch_late()
     assert session.roster.late == {}
     grid.late = {}
     assert list(repeat_round(session, strategy, second.arrays, 3).sites) == NAMES
+
+
+class HalfSent(LoopbackGrid):
+    """Waits for the rest of one node's training reply, as Flower does, until it is released."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.released, self.held = Event(), set()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        chosen = zip(ids, messages, strict=True)
+        self.held |= {i for i, m in chosen if m.metadata.message_type == "train" and m.metadata.dst_node_id == 2}
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ids = list(message_ids)
+        if self.held & set(ids):
+            self.released.wait()
+        return super().pull_messages(ids)
+
+
+def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadline(two: SmallHospitals) -> None:
+    flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=1.0)
+    config = parse_config(flat)
+    grid = HalfSent([two.files[name] for name in NAMES], flat)
+    session = Session(grid, config.federation, two.root)
+    strategy = build_strategy(config.federation)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    first = repeat_round(session, strategy, arrays, 1)
+    assert list(first.sites) == ["hospital-01"]
+    assert "no reply within 1 s" in first.refused["hospital-02"]
+    assert list(repeat_round(session, strategy, first.arrays, 2).refused) == [], "it is not asked meanwhile"
+    grid.released.set()
+    assert list(repeat_round(session, strategy, first.arrays, 3).sites) == NAMES
 
 
 def test_too_few_hospitals_at_the_start_is_an_error(two: SmallHospitals) -> None:
