@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from shared.enrol import (
@@ -25,11 +26,11 @@ from shared.enrol import (
     read_letter,
     write_letter,
 )
-from shared.site import Site, read_site
+from shared.site import Site, is_site_name, read_site
 
 _TEMPLATE = """\
 # What {site} says about itself; it belongs to the hospital, and nothing that the centre sends changes it.
-site: {site}
+site: "{site}"
 data:
   images: dicom/            # searched recursively; file names mean nothing
   # masks: masks/           # DICOM SEG or RTSTRUCT, SERIES_UID.nii.gz, SOP_UID.png
@@ -97,10 +98,7 @@ def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tup
       SiteError: site.yaml cannot be used.
     """
     invitation = read_letter(invitation_path, Invitation)
-    if datetime.fromisoformat(invitation.expires) < datetime.now(UTC):
-        raise EnrolError(
-            f"{invitation_path}: the invitation expired on {invitation.expires}; ask the centre for a new one"
-        )
+    _check_invitation(invitation_path, invitation)
     written = not site_yaml.exists()
     if written:
         (site_yaml.parent / "dicom").mkdir(parents=True, exist_ok=True)
@@ -128,6 +126,24 @@ def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tup
     write_letter(request_path, make_request(invitation, key))
     os.replace(partial, centre.key)  # last: until then the command can be run again
     return centre, written
+
+
+def _check_invitation(path: Path, invitation: Invitation) -> None:
+    """That an invitation is not over, and that its name can stand in a site.yaml and be nothing but a name there."""
+    try:
+        over = datetime.fromisoformat(invitation.expires) < datetime.now(UTC)
+    except (ValueError, TypeError) as error:
+        raise EnrolError(
+            f"{path}: the invitation expires {invitation.expires!r}, expected a date and time with time zone; give the whole file "
+            "that 'hemafed-server invite' wrote, unchanged"
+        ) from error
+    if over:
+        raise EnrolError(f"{path}: the invitation expired on {invitation.expires}; ask the centre for a new one")
+    if not is_site_name(invitation.site):
+        raise EnrolError(
+            f"{path} invites site {invitation.site!r}, expected up to 64 letters, digits, '-', '_' or '.'; ask the centre for "
+            "another invitation"
+        )
 
 
 def read_known_centre(site: Site) -> Centre:
@@ -163,7 +179,7 @@ def read_node_key(centre: Centre) -> object:
     try:
         mode = path.stat().st_mode & 0o777
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise EnrolError(
             f"{path}: no private key ({type(error).__name__}); restore it from a backup, or answer a new invitation"
         ) from error

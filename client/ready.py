@@ -46,7 +46,10 @@ def check_ready(site: Site, now: Callable[[], datetime] = lambda: datetime.now(U
         centre = read_known_centre(site)
     except EnrolError as error:
         return [*findings, Finding("centre", False, str(error))]
-    return [*findings, _key(centre), _authority(centre), *_connection(centre, now)]
+    authority = _authority(centre)
+    # Without the authority nobody could be told from the centre.
+    connection = _connection(centre, now) if authority.good else []
+    return [*findings, _key(centre), authority, *connection]
 
 
 def _data(site: Site) -> Finding:
@@ -93,8 +96,8 @@ def _connection(centre: Centre, now: Callable[[], datetime]) -> list[Finding]:
         context = ssl.create_default_context(cafile=str(centre.authority))
         connection = http.client.HTTPSConnection(centre.host, centre.port, timeout=10, context=context)
         connection.request("GET", "/")
+        days = _days_left(connection)  # before the answer, after which the centre may close
         answer = connection.getresponse()
-        days = _days_left(connection)
         theirs = answer.headers["Date"]
         connection.close()
     except ssl.SSLCertVerificationError as error:

@@ -44,9 +44,12 @@ class Pair:
         """Both.
 
         Raises:
-          AuthorityError: a file is missing or damaged.
+          AuthorityError: a file is missing or damaged, or they are not of one pair.
         """
-        return read_key(self.key), read_certificate(self.certificate)
+        key, certificate = read_key(self.key), read_certificate(self.certificate)
+        if key.public_key() != certificate.public_key():
+            raise AuthorityError(f"{self.key} is not the key of {self.certificate}; restore both from the same backup")
+        return key, certificate
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:

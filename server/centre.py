@@ -103,6 +103,7 @@ class KnownSite:
       token_hash: of the invitation's token, until it is used.
       expires: of the invitation.
       public_key: OpenSSH; empty until it is registered.
+      revoked_keys: those that it had before; never taken again.
     """
 
     site: str
@@ -111,6 +112,7 @@ class KnownSite:
     token_hash: str = ""
     expires: str = ""
     public_key: str = ""
+    revoked_keys: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -167,7 +169,7 @@ def read_centre(folder: Path) -> Centre:
         )
     try:
         return Centre(folder=folder.absolute(), **tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
         raise CentreError(f"{path}: {error}; expected host, port, listen, loopback_port") from error
 
 
@@ -186,7 +188,8 @@ def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation
         )
     token, expires = secrets.token_urlsafe(24), datetime.now(UTC) + timedelta(days=days)
     until = expires.isoformat(timespec="seconds")
-    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until))
+    revoked = () if known is None else tuple(key for key in (*known.revoked_keys, known.public_key) if key)
+    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
     return Invitation(
         site=site,
         address=f"{centre.host}:{centre.port}",
@@ -209,9 +212,10 @@ def register(centre: Centre, request: Request) -> KnownSite:
     if known is None:
         raise CentreError(f"site {request.site!r} was not invited; 'hemafed-server invite' does that")
     for other in sites.values():
-        if other.public_key == request.public_key:
+        if request.public_key in (other.public_key, *other.revoked_keys):
+            how = f"{other.status} since {other.since}" if request.public_key == other.public_key else "revoked"
             raise CentreError(
-                f"the key of this request is that of site {other.site!r} ({other.status} since {other.since}); each site has a key "
+                f"the key of this request is that of site {other.site!r} ({how}); each site has a key "
                 "of its own, and a revoked one is not used again: the site runs 'hemafed-client init' anew"
             )
     if known.status != "invited":
@@ -222,7 +226,9 @@ def register(centre: Centre, request: Request) -> KnownSite:
         )
     if datetime.fromisoformat(known.expires) < datetime.now(UTC):
         raise CentreError(f"the invitation of site {request.site!r} expired on {known.expires}; invite it again")
-    taken = KnownSite(request.site, "registered", _now(), public_key=request.public_key)
+    taken = KnownSite(
+        request.site, "registered", _now(), public_key=request.public_key, revoked_keys=known.revoked_keys
+    )
     _write_site(centre, taken)
     return taken
 
@@ -250,8 +256,10 @@ def read_sites(centre: Centre) -> dict[str, KnownSite]:
     sites = {}
     for path in sorted((centre.folder / "sites").glob("*.json")):
         try:
-            sites[path.stem] = KnownSite(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            content = json.loads(path.read_text())
+            content["revoked_keys"] = tuple(content.get("revoked_keys", ()))
+            sites[path.stem] = KnownSite(**content)
+        except (ValueError, TypeError, AttributeError) as error:
             raise CentreError(
                 f"{path} is damaged ({error}); restore it from a backup, or delete it and invite anew"
             ) from error

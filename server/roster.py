@@ -21,7 +21,8 @@ from shared.site import is_site_name
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
-LEAST_LOOK_S = 5.0  # after the deadline too: what has arrived is still taken
+LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, however large
+LATE_LOOK_S = 1.0  # between two rounds; the look goes on meanwhile
 HELLO_TIMEOUT_S = 60.0
 WORD_S = 60.0  # between two words about the same wait
 
@@ -68,7 +69,7 @@ class Look:
             self._found = queue.SimpleQueue()
             threading.Thread(target=self._pull, args=(self._found,), daemon=True).start()
         try:
-            found = self._found.get(timeout=max(timeout_s, LEAST_LOOK_S))
+            found = self._found.get(timeout=timeout_s)
         except queue.Empty:
             return None
         self._found = None
@@ -114,7 +115,7 @@ class Roster:
     def fetch_late(self) -> None:
         """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
         for site, late in list(self.late.items()):
-            came = late.look(0.0) is not None
+            came = late.look(LATE_LOOK_S) is not None
             if came or time.monotonic() >= late.until:
                 del self.late[site]
                 ago = time.monotonic() - late.since
@@ -240,7 +241,7 @@ def receive(
         awaiting(name)
         look = None if message_id is None else Look(grid, message_id)
         while look is not None:
-            reply = look(end - time.monotonic())
+            reply = look(max(end - time.monotonic(), LAST_LOOK_S))
             if reply is not None or time.monotonic() >= end:
                 break
             time.sleep(pause_s)

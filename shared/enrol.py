@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -73,6 +73,7 @@ def write_letter(path: Path, letter: Invitation | Request) -> None:
     """Write an invitation or a request, readable by its owner alone: it holds the token."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
+    path.chmod(0o600)  # one that was there before keeps its mode
     path.write_text(json.dumps(asdict(letter), indent=2) + "\n")
 
 
@@ -144,9 +145,11 @@ def check_request(request: Request) -> None:
         key = serialization.load_ssh_public_key(request.public_key.encode())
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise EnrolError(f"the request's key is a {type(key).__name__}, expected an elliptic curve key")
+        if public_text(key) != request.public_key:  # a comment, say: one key must not look like two
+            raise ValueError("not as make_request writes it")
         signed = _signed(request.site, request.token, request.public_key)
         key.verify(base64.b64decode(request.signature), signed, ec.ECDSA(hashes.SHA384()))
-    except (ValueError, InvalidSignature) as error:
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
         if isinstance(error, EnrolError):
             raise
         raise EnrolError(

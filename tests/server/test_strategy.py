@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from client.train import build_learner, training_inputs
 from client.train import train_round as train_locally
+from server import roster
 from server.roster import QuorumError, Session, gather, receive
 from server.strategy import build_strategy, repeat_round, train_round
 from shared.config import FederationSettings, parse_config
@@ -242,8 +243,11 @@ class HalfSent(LoopbackGrid):
         return super().pull_messages(ids)
 
 
-def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadline(two: SmallHospitals) -> None:
-    flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=1.0)
+def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadline(
+    two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "LAST_LOOK_S", 1.0)
+    flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=3.0)
     config = parse_config(flat)
     grid = HalfSent([two.files[name] for name in NAMES], flat)
     session = Session(grid, config.federation, two.root)
@@ -251,7 +255,7 @@ def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadli
     arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
     first = repeat_round(session, strategy, arrays, 1)
     assert list(first.sites) == ["hospital-01"]
-    assert "no reply within 1 s" in first.refused["hospital-02"]
+    assert "no reply within 3 s" in first.refused["hospital-02"]
     assert list(repeat_round(session, strategy, first.arrays, 2).refused) == [], "it is not asked meanwhile"
     grid.released.set()
     assert list(repeat_round(session, strategy, first.arrays, 3).sites) == NAMES

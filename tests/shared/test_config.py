@@ -76,3 +76,35 @@ def test_several_windows() -> None:
 def test_three_tasks_of_weight_0_are_refused() -> None:
     with pytest.raises(ConfigError, match="all 0; expected at least one task"):
         parse_config({"loss.cls": 0.0, "loss.seg": 0.0, "loss.rec": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("rule", "faulty", "quorum", "least"),
+    [("median", 1, 2, 3), ("trimmed-mean", 1, 2, 3), ("trimmed-mean", 2, 4, 5), ("krum", 1, 3, 4), ("krum", 2, 4, 5)],
+)
+def test_a_rule_that_compares_hospitals_needs_enough_of_them(rule: str, faulty: int, quorum: int, least: int) -> None:
+    flat = {"federation.rule": rule, "federation.faulty": faulty}
+    told = f"federation.rule is '{rule}' with federation.faulty = {faulty} and federation.quorum = {quorum}; "
+    with pytest.raises(ConfigError, match=f"{told}expected a quorum of at least {least}, or another rule"):
+        parse_config(flat | {"federation.quorum": quorum})
+    assert parse_config(flat | {"federation.quorum": least}).federation.rule == rule
+
+
+def test_the_mean_takes_any_quorum_and_the_median_whatever_may_be_faulty() -> None:
+    assert parse_config({"federation.quorum": 1, "federation.faulty": 5}).federation.rule == "mean"
+    median = {"federation.rule": "median", "federation.quorum": 3, "federation.faulty": 5}
+    assert parse_config(median).federation.quorum == 3
+
+
+@pytest.mark.parametrize(
+    ("flat", "text"),
+    [
+        ({"federation.rule": "average"}, "expected one of mean, median, trimmed-mean, krum"),
+        ({"federation.faulty": -1}, "expected at least 0"),
+        ({"federation.norm_bound": -0.5}, "expected at least 0"),
+        ({"federation.norm_bound": float("nan")}, "expected at least 0"),
+    ],
+)
+def test_a_rule_that_is_none_is_refused(flat: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(flat))} is .*; {text}"):
+        parse_config(flat)
