@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: simulate federation test hospitals clean
+.PHONY: simulate federation test faults hospitals clean
 
 simulate: $(VENV)/app.done
 	$(BIN)/hemafed-sim demo $(ARGS)
@@ -18,6 +18,9 @@ test: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest tests/test_imports.py
 	$(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_imports.py
+
+faults: $(VENV)/test.done
+	$(BIN)/pytest -m long tests/federation
 
 hospitals: $(VENV)/app.done
 	$(BIN)/hemafed-sim sites $(ARGS)

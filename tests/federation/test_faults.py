@@ -18,6 +18,7 @@ from tests.federation.conftest import NAMES
 from tests.federation.relay import Relay
 from tests.federation.test_story import wait_line
 
+pytestmark = pytest.mark.long
 DEADLINE_S = 45.0
 CONFIG = small_config(
     train__epochs=10,
