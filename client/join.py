@@ -136,7 +136,7 @@ class Daemon:
         """Relay the node's lines until it ends, is told to, or is found to wait for nothing."""
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_relay, args=(node, lines), daemon=True).start()
-        answering, dead_since = False, None
+        answering, dead_since, broken_since = False, None, None
         while True:
             try:
                 line = lines.get(timeout=0.5)
@@ -147,12 +147,17 @@ class Daemon:
             if line:
                 self._say(line)
                 answering = _answering(line, answering)
+                broken_since = _broken_since(line, broken_since)
                 self._reason = _reason(line) or self._reason
             if self._stopping.is_set():
                 break
             dead_since = (dead_since or time.monotonic()) if answering and self._app_is_dead() else None
             if dead_since is not None and time.monotonic() - dead_since > WEDGED_S:
                 self._reason = "its app ended without an answer"
+                break
+            works = answering and dead_since is None
+            if not works and broken_since is not None and time.monotonic() - broken_since > WEDGED_S:
+                self._reason = "its connection broke, and it did not come back by itself"
                 break
 
     def _app_is_dead(self) -> bool:
@@ -178,6 +183,18 @@ def _answering(line: str, before: bool) -> bool:
         for text in ("Sent successfully", "Failed to receive message", "Failed to send message", "Ignoring")
     ):
         return False
+    return before
+
+
+def _broken_since(line: str, before: float | None) -> float | None:
+    """Since when the connection is broken, by what Flower's SuperNode writes; None where it is not.
+
+    A SuperNode whose TLS handshake timed out, on a line that was cut, neither ends nor tries again.
+    """
+    if "Giving up reconnection" in line or "handshake error" in line:
+        return before or time.monotonic()
+    if any(text in line for text in ("Connection successful", "Receiving: ", "Sent successfully", "SuperNode ID")):
+        return None
     return before
 
 
