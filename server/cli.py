@@ -230,7 +230,7 @@ def say(line: str) -> None:
 
 def fail(error: Exception) -> None:
     """Say what is wrong and leave with exit status 1."""
-    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1) from error
 
 

@@ -120,6 +120,30 @@ def test_old_tls_is_refused(federation: Federation) -> None:
         old.wrap_socket(line)
 
 
+def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation: Federation, tmp_path: Path) -> None:
+    """Who reaches Flower's Control, as the centre's operator does, can start any app; a hospital does not run it."""
+    copy, ran = tmp_path / "hemafed", tmp_path / "ran"
+    for folder in ("server", "client", "shared"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "importers"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    theirs = copy / "client" / "train.py"
+    theirs.write_text(theirs.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    keys = {"run": {"folder": str(tmp_path / "runs"), "id": "other"}, "federation": {"wait_s": 5.0, "quorum": 1}}
+    (tmp_path / "keys.toml").write_text(tomli_w.dumps(keys))
+    federation.start("hospital-01")
+    federation.wait_online(["hospital-01"])
+    flwr(federation.centre, "run", str(copy), CONNECTION, "--run-config", str(tmp_path / "keys.toml"))
+    run = tmp_path / "runs" / "other"
+    federation.wait_for(lambda: read_status(run).get("state") == "failed", 240, "the end of the other run")
+    assert "site 'hospital-01' runs only the code that it installed" in read_status(run)["error"]
+    federation.stop("hospital-01")
+    assert not ran.exists()
+    entries = [entry for _, _, entry in read_entries(federation.state("hospital-01"))]
+    assert [entry["event"] for entry in entries] == ["refused"] * len(entries)
+    assert "policy.app" in entries[-1]["reason"]
+
+
 def signed(key: ec.EllipticCurvePrivateKey, age_s: float = 0.0) -> dict[str, str]:
     """The headers by which a node shows who it is."""
     moment = (now() - timedelta(seconds=age_s)).isoformat()
@@ -175,30 +199,6 @@ def test_a_second_daemon_a_run_too_many_and_a_centre_that_is_not_there_are_refus
         federation.command("hemafed-server", "status", str(federation.folder / "nowhere"))
 
 
-def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation: Federation, tmp_path: Path) -> None:
-    """Who reaches Flower's Control, as the centre's operator does, can start any app; a hospital does not run it."""
-    copy, ran = tmp_path / "hemafed", tmp_path / "ran"
-    for folder in ("server", "client", "shared"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "importers"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy / name)
-    theirs = copy / "client" / "train.py"
-    theirs.write_text(theirs.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
-    keys = {"run": {"folder": str(tmp_path / "runs"), "id": "other"}, "federation": {"wait_s": 5.0, "quorum": 1}}
-    (tmp_path / "keys.toml").write_text(tomli_w.dumps(keys))
-    federation.start("hospital-01")
-    federation.wait_online(["hospital-01"])
-    flwr(federation.centre, "run", str(copy), CONNECTION, "--run-config", str(tmp_path / "keys.toml"))
-    run = tmp_path / "runs" / "other"
-    federation.wait_for(lambda: read_status(run).get("state") == "failed", 240, "the end of the other run")
-    assert "site 'hospital-01' runs only the code that it installed" in read_status(run)["error"]
-    federation.stop("hospital-01")
-    assert not ran.exists()
-    entries = [entry for _, _, entry in read_entries(federation.state("hospital-01"))]
-    assert [entry["event"] for entry in entries] == ["refused"] * len(entries)
-    assert "policy.app" in entries[-1]["reason"]
-
-
 def test_an_expired_certificate_is_refused_and_a_renewed_one_taken(federation: Federation) -> None:
     """Last: the centre is restarted."""
     centre = federation.centre
@@ -206,7 +206,8 @@ def test_an_expired_certificate_is_refused_and_a_renewed_one_taken(federation: F
     federation.stop("centre")
     federation.start("centre")
     federation.wait_serving()
-    assert "expired" in federation.log("centre").read_text()
+    log = federation.log("centre")
+    federation.wait_for(lambda: "public.crt expired 1 days ago" in log.read_text(), 30, "the warning")
     with pytest.raises(FederationError, match="has expired; the centre must run 'hemafed-server renew'"):
         federation.command("hemafed-client", "join", "--check", str(federation.sites["hospital-01"]))
     federation.command("hemafed-server", "renew", str(centre.folder))
