@@ -35,6 +35,7 @@ REAL_DICOM = Path(__file__).resolve().parents[2] / "shared" / "data" / "dicom"
 PATIENTS, SLICES = 10, 3
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers one tests real processes, first and one after the other; the others take file by file."""
     for item in items:

@@ -402,14 +402,15 @@ def save_rounds(state: LocalState, config: RunConfig, *rounds: int) -> None:
         state.save(learner, number)
 
 
-def test_the_last_two_rounds_are_kept_and_no_partial_is_left(config: RunConfig, tmp_path: Path) -> None:
+def test_the_last_three_rounds_are_kept_and_no_partial_is_left(config: RunConfig, tmp_path: Path) -> None:
     state = LocalState(tmp_path / "runs" / "r")
-    save_rounds(state, config, 1, 2, 3)
-    assert len(files(state)) == 2
+    save_rounds(state, config, 1, 2, 3, 4)
+    assert len(files(state)) == 3
     assert not list(tmp_path.rglob("*.partial"))
     learner = fresh(config)
-    assert [(state.restore(learner, before=before), learner.model.cls.bias.item()) for before in (None, 4, 3)] == [
-        (3, 3.0),
+    assert [(state.restore(learner, before=before), learner.model.cls.bias.item()) for before in (None, 5, 4, 3)] == [
+        (4, 4.0),
+        (4, 4.0),
         (3, 3.0),
         (2, 2.0),
     ]
@@ -420,7 +421,7 @@ def test_a_round_done_again_replaces_what_it_left(config: RunConfig, tmp_path: P
     state = LocalState(tmp_path / "r")
     save_rounds(state, config, 9, 10, 11, 10)
     assert state.restore(fresh(config)) == 10  # 11 began from a round that no longer counts
-    assert len(files(state)) == 1
+    assert [path.name for path in sorted(files(state))] == ["round-00009.pt", "round-00010.pt"]
 
 
 def test_a_crash_while_saving_leaves_the_last_round(config: RunConfig, tmp_path: Path) -> None:
