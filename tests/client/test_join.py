@@ -252,6 +252,19 @@ def test_a_node_that_waits_for_an_app_that_died_is_given_up(
     assert daemon._reason == "its app ended without an answer"
 
 
+BROKEN = "WARNING :   Giving up reconnection after 30.11 seconds and 2 tries."
+
+
+def test_a_node_whose_connection_broke_and_did_not_come_back_is_given_up(
+    watched: object, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.join, "WEDGED_S", 0.3)
+    _, thread = watched(f"echo '{BROKEN}'; sleep 60")
+    thread.join(20)
+    assert not thread.is_alive()
+    assert daemon._reason == "its connection broke, and it did not come back by itself"
+
+
 @pytest.mark.parametrize(
     ("lines", "app"),
     [
@@ -259,8 +272,17 @@ def test_a_node_that_waits_for_an_app_that_died_is_given_up(
         ([RECEIVING], "has not begun"),
         ([RECEIVING, SENDING, ENDS[0]], "ended"),
         ([], "ended"),
+        ([BROKEN, "INFO : Connection successful after 16.95 seconds and 6 tries."], "ended"),
+        ([RECEIVING, BROKEN], "lives"),
     ],
-    ids=["its app lives", "its app has not begun", "it has answered", "it was asked nothing"],
+    ids=[
+        "its app lives",
+        "its app has not begun",
+        "it has answered",
+        "it was asked nothing",
+        "its connection came back",
+        "its app trains without a connection",
+    ],
 )
 def test_a_node_is_not_given_up_while(
     watched: object,
