@@ -180,7 +180,7 @@ def test_a_client_app_is_the_program_of_the_site(daemon: Daemon, tmp_path: Path)
     started = subprocess.Popen(
         [program, "--help"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 0, output
     assert "--runtime-api-address" in output
     assert int(pid_file.read_text()) == started.pid
