@@ -68,9 +68,17 @@ def owned(owner: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(OWNER) == str(owner):
+            if _is_owned(process, owner):
                 found.append(process)
     return found
+
+
+def _is_owned(process: psutil.Process, owner: Path) -> bool:
+    """Whether a process has a daemon's mark; flower-superexec hides its environment from all but root, not its arguments."""
+    try:
+        return process.environ().get(OWNER) == str(owner)
+    except psutil.AccessDenied:
+        return any(Path(argument).is_relative_to(owner) for argument in process.cmdline())
 
 
 def end_all(processes: list[psutil.Process], timeout_s: float = END_TIMEOUT_S) -> None:
