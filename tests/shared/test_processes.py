@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,34 @@ def test_programs_of_flower_inherit_the_mark_and_neither_telemetry_nor_an_import
     assert OWNER not in os.environ
     with running(PARENT, **made) as (_, child), ended_after(int(child)):
         assert int(child) in {process.pid for process in owned(tmp_path / "centre")}
+
+
+def test_a_process_that_hides_its_environment_is_known_by_its_arguments(tmp_path: Path) -> None:
+    """As flower-superexec does; root sees it all the same, so who looks here has not root's rights."""
+    confined = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("no setpriv, and root sees everything")
+        confined = ["setpriv", "--bounding-set=-sys_ptrace,-sys_admin,-perfmon", "--inh-caps=-all"]
+    hide = "import ctypes, time; ctypes.CDLL(None).prctl(4, 0); print('hidden', flush=True); time.sleep(60)"
+    look = (
+        "import sys; from pathlib import Path; from shared.processes import owned; "
+        "print([process.pid for process in owned(Path(sys.argv[1]))])"
+    )
+    folder, other = tmp_path / "centre", tmp_path / "centre-2"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", hide, str(one / "key")], env=os.environ | {OWNER: str(one)}, stdout=subprocess.PIPE
+        )
+        for one in (folder, other)
+    ]
+    try:
+        for process in started:
+            assert process.stdout.read(6) == b"hidden"
+        seen = subprocess.check_output([*confined, sys.executable, "-c", look, str(folder)], cwd=ROOT, text=True)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    assert seen.strip() == f"[{started[0].pid}]"
