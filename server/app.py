@@ -138,9 +138,8 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         result = repeat_round(session, strategy, arrays, number)
         arrays = result.arrays
         line = describe_round(number, result)
-        write_patiently(
-            run, partial(append_round, run, line)
-        )  # first: of a round that is done again, the last line counts
+        # The line first: of a round that is done again, the last line counts.
+        write_patiently(run, partial(append_round, run, line))
         write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, strategy, list(result.sites)))
         say(round_text(line, settings.rounds))
 

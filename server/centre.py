@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import tomllib
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from pathlib import Path
 import tomli_w
 
 from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, make_authority, write_private
+from server.files import replace_text
 from shared.enrol import Invitation, Request, check_request, key_fingerprint
 from shared.site import is_site_name
 
@@ -274,19 +274,12 @@ def read_nodes(centre: Centre) -> dict[str, str]:
 
 def write_nodes(centre: Centre, nodes: dict[str, str]) -> None:
     """The inverse of read_nodes."""
-    _replace(centre.state / "nodes.json", nodes)
+    replace_text(centre.state / "nodes.json", json.dumps(nodes, indent=2) + "\n")
 
 
 def _write_site(centre: Centre, site: KnownSite) -> None:
     """Replace a site's file."""
-    _replace(centre.folder / "sites" / f"{site.site}.json", asdict(site))
-
-
-def _replace(path: Path, content: dict) -> None:
-    """Replace a JSON file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    replace_text(centre.folder / "sites" / f"{site.site}.json", json.dumps(asdict(site), indent=2) + "\n")
 
 
 def _token_hash(token: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
+from server.files import replace_text
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
 
@@ -48,7 +49,7 @@ def open_run(config: RunConfig) -> Path:
     elif run.exists():
         raise RunError(f"run {name!r} exists in {root}; choose another run.id, or continue it with run.resume = true")
     (run / "checkpoint").mkdir(parents=True, exist_ok=True)
-    _write(run / "config.toml", tomli_w.dumps(asdict(config)))
+    replace_text(run / "config.toml", tomli_w.dumps(asdict(config)))
     link = root / f".latest-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
@@ -101,7 +102,7 @@ def write_status(run: Path, state: str, **facts: object) -> None:
     It is for those who look; a full disk does not stop a run here.
     """
     try:
-        _write(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
+        replace_text(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
     except OSError as error:
         print(f"status.json cannot be written ({error.strerror}): {state} {facts}", flush=True)
 
@@ -198,11 +199,4 @@ def read_summary(run: Path) -> dict:
 
 def update_summary(run: Path, changes: dict) -> None:
     """Change keys of summary.json, in one step."""
-    _write(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    replace_text(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2) + "\n")

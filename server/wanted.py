@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.centre import Centre, CentreError
+from server.files import replace_text
 from shared.processes import is_held
 
 TERMINAL = ("finished", "failed", "stopped")
@@ -46,10 +46,7 @@ def read_wanted(centre: Centre) -> Wanted | None:
 
 def write_wanted(centre: Centre, wanted: Wanted) -> None:
     """Replace state/run.json in one step."""
-    path = centre.state / "run.json"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(wanted), indent=2) + "\n")
-    os.replace(partial, path)
+    replace_text(centre.state / "run.json", json.dumps(asdict(wanted), indent=2) + "\n")
 
 
 def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:

@@ -261,7 +261,8 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
 
 def _check_rule(settings: FederationSettings) -> None:
     """A rule that compares hospitals needs enough of them in every round."""
-    # Yin et al. 2018 (arXiv:1803.01498), definition 2; Blanchard et al. 2017 (arXiv:1703.02757), section 4: n >= 2 f + 3.
+    # What each rule can be computed with: Yin et al. 2018 (arXiv:1803.01498), definition 2; Flower's Krum, which looks at n - f - 2
+    # neighbours. Krum's guarantee asks for more, n >= 2 f + 3 (Blanchard et al. 2017, arXiv:1703.02757, section 4).
     least = {"median": 3, "trimmed-mean": 2 * settings.faulty + 1, "krum": settings.faulty + 3}.get(settings.rule, 1)
     if settings.quorum < least:
         raise ConfigError(

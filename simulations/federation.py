@@ -29,7 +29,7 @@ from shared.processes import OWNER, end_all, owned
 from shared.site import read_site
 
 ROOT = Path(__file__).resolve().parent.parent
-ONLINE_TIMEOUT_S = 180.0
+ONLINE_TIMEOUT_S, LINE_TIMEOUT_S = 180.0, 240.0
 
 
 class FederationError(RuntimeError):
@@ -147,6 +147,11 @@ class Federation:
         self.wait_for(
             lambda: log.read_text().count("serving hospitals") > begun, ONLINE_TIMEOUT_S, "the centre serving"
         )
+
+    def wait_line(self, name: str, text: str, after: int = 0) -> None:
+        """Return when a daemon has written a line with this text, in its log from a place on."""
+        log = self.log(name)
+        self.wait_for(lambda: text in log.read_text()[after:], LINE_TIMEOUT_S, f"{text!r} in {log.name}", pause_s=0.05)
 
     def wait_online(self, names: list[str], timeout_s: float = ONLINE_TIMEOUT_S) -> None:
         """Return when these hospitals are connected."""

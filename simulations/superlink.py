@@ -18,11 +18,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from shared.processes import end_all, flower_environment
 
 CONNECTION = "simulation"
 LOG = "superlink.log"
@@ -80,16 +82,9 @@ def start_superlink(home: Path) -> Iterator[SuperLink]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     binaries = Path(sys.executable).parent
-    environment = os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
-    environment.pop("PYTHONPATH", None)
+    ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = flower_environment(home, home, PATH=path, **ray)
     command = [
         str(binaries / "flower-superlink"),
         "--insecure",
@@ -145,14 +140,7 @@ def _stop(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for child in started:
-        with suppress(psutil.NoSuchProcess):
-            child.terminate()
-    _, alive = psutil.wait_procs(started, STOP_TIMEOUT_S)
-    for child in alive:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(alive, STOP_TIMEOUT_S)
+    end_all(started, STOP_TIMEOUT_S)
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:

@@ -16,7 +16,6 @@ from simulations.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
 from tests.federation.relay import Relay
-from tests.federation.test_story import wait_line
 
 pytestmark = pytest.mark.long
 DEADLINE_S = 45.0
@@ -84,7 +83,7 @@ def wait_back(federation: Federation, name: str) -> None:
 
 def training_app(federation: Federation, name: str) -> psutil.Process:
     """The process of a hospital that trains now: its first epoch is done, others are not."""
-    wait_line(federation, name, "epoch 1 of 10", after=len(federation.log(name).read_text()))
+    federation.wait_line(name, "epoch 1 of 10", after=len(federation.log(name).read_text()))
     return psutil.Process(int((federation.state(name) / "centre" / "app.pid").read_text()))
 
 
@@ -124,7 +123,7 @@ def test_a_client_app_that_is_killed_while_it_trains_costs_its_round_alone(feder
 
 def test_a_daemon_that_is_killed_while_it_sends_comes_back(federation: Federation) -> None:
     place = len(federation.log("hospital-03").read_text())
-    wait_line(federation, "hospital-03", "Sending: train", place)
+    federation.wait_line("hospital-03", "Sending: train", place)
     federation.cut_power("hospital-03")
     federation.start("hospital-03")
     wait_back(federation, "hospital-03")
@@ -132,7 +131,7 @@ def test_a_daemon_that_is_killed_while_it_sends_comes_back(federation: Federatio
 
 def test_a_network_that_is_cut_for_longer_than_a_round(federation: Federation, line: Relay) -> None:
     after, place = len(rounds(federation)), len(federation.log("hospital-02").read_text())
-    wait_line(federation, "hospital-02", "Receiving: train", place)
+    federation.wait_line("hospital-02", "Receiving: train", place)
     line.cut()
     reason = wait_refused(federation, "hospital-02", after)
     assert "no reply within" in reason or "Node Unavailable" in reason or "offline" in reason
@@ -161,7 +160,7 @@ def test_a_revoked_hospital_is_turned_away_and_the_others_go_on(federation: Fede
     federation.wait_rounds("faults", len(rounds(federation)) + 2, 240)
     assert "hospital-03" not in rounds(federation)[-1]["sites"]
     assert "hospital-01" in rounds(federation)[-1]["sites"]
-    wait_line(federation, "hospital-03", "the centre does not take this node", place)
+    federation.wait_line("hospital-03", "the centre does not take this node", place)
     assert "revoked" in federation.command("hemafed-server", "sites", str(federation.centre.folder))
 
 

@@ -9,19 +9,12 @@ import numpy as np
 from client.audit import verify
 from server.checkpoint import load_checkpoint
 from server.runs import read_rounds, read_summary
-from simulations.federation import Federation, federate, own_site
+from simulations.federation import federate, own_site
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
 from tests.loopback import LoopbackGrid, run_server
 
 CONFIG = small_config(federation__rounds=3, federation__quorum=3, federation__wait_s=600.0)
-
-
-def wait_line(federation: Federation, name: str, text: str, after: int = 0) -> int:
-    """Wait for a line in a daemon's log, from a place on; where the log ended then."""
-    log = federation.log(name)
-    federation.wait_for(lambda: text in log.read_text()[after:], 240, f"{text!r} in {name}'s log", pause_s=0.05)
-    return len(log.read_text())
 
 
 def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder(
@@ -36,7 +29,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
         federation.begin_run("story", CONFIG)
 
         # A hospital loses power while it trains. The round waits for it, for the quorum is three.
-        wait_line(federation, "hospital-02", "Receiving: train")
+        federation.wait_line("hospital-02", "Receiving: train")
         federation.cut_power("hospital-02")
         federation.start("hospital-02")
         federation.wait_rounds("story", 1, 400)
@@ -52,7 +45,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
         federation.wait_rounds("story", 2, 400)
 
         # The centre loses power in the middle of a round.
-        wait_line(federation, "hospital-01", "Receiving: train", place)
+        federation.wait_line("hospital-01", "Receiving: train", place)
         federation.cut_power("centre")
         federation.start("centre")
         assert federation.wait_end("story", 600) == "finished"

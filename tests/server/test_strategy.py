@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 from client.train import build_learner, training_inputs
 from client.train import train_round as train_locally
@@ -22,15 +23,21 @@ from tests.conftest import SmallHospitals, edit_site, small_config
 from tests.loopback import Change, LoopbackGrid
 
 
-def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_options: object):
-    """One round through real client code; the grid, the members and the result."""
+def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, FedAvg, dict]:
+    """A run before its first round: session, strategy and initial encoder."""
     config = parse_config(flat)
-    grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
-    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
     session = Session(grid, config.federation, hospitals.root / "test")
     session.run.mkdir(exist_ok=True)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    return session, build_strategy(config.federation), arrays
+
+
+def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_options: object):
+    """One round through real client code; the grid, the members and the result."""
+    grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
+    session, strategy, arrays = beginning(grid, flat, hospitals)
     members = gather(session)
-    result = train_round(session, build_strategy(config.federation), members, arrays, 1)
+    result = train_round(session, strategy, members, arrays, 1)
     return grid, members, arrays, result
 
 
@@ -189,12 +196,10 @@ def test_a_round_below_quorum_is_asked_for_again_and_none_of_it_is_used(
         return faults.pop()(asked, reply) if train_of_2 and faults else reply
 
     flat = small_config()
-    config = parse_config(flat)
-    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
     undisturbed = first_round(two, NAMES, flat)[3]
     grid = LoopbackGrid([two.files[name] for name in NAMES], flat, change=change)
-    session = Session(grid, replace(config.federation, wait_s=30.0), two.root)
-    result = repeat_round(session, build_strategy(config.federation), arrays, 1)
+    session, strategy, arrays = beginning(grid, flat, two)
+    result = repeat_round(replace(session, settings=replace(session.settings, wait_s=30.0)), strategy, arrays, 1)
     assert len([m for m in grid.asked if m.metadata.message_type == "train"]) == 6
     for name, value in undisturbed.arrays.items():
         np.testing.assert_array_equal(result.arrays[name], value, err_msg=name)
@@ -202,11 +207,8 @@ def test_a_round_below_quorum_is_asked_for_again_and_none_of_it_is_used(
 
 def test_a_late_hospital_is_not_asked_again_before_it_answered(two: SmallHospitals) -> None:
     flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=1.0)
-    config = parse_config(flat)
     grid = LoopbackGrid([two.files[name] for name in NAMES], flat)
-    session = Session(grid, config.federation, two.root)
-    strategy = build_strategy(config.federation)
-    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    session, strategy, arrays = beginning(grid, flat, two)
     gather(session)
     grid.late = {2: 12}  # polls: past the deadline, and two more rounds' looks
     first = repeat_round(session, strategy, arrays, 1)
@@ -248,11 +250,8 @@ def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadli
 ) -> None:
     monkeypatch.setattr(roster, "LAST_LOOK_S", 1.0)
     flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=3.0)
-    config = parse_config(flat)
     grid = HalfSent([two.files[name] for name in NAMES], flat)
-    session = Session(grid, config.federation, two.root)
-    strategy = build_strategy(config.federation)
-    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    session, strategy, arrays = beginning(grid, flat, two)
     first = repeat_round(session, strategy, arrays, 1)
     assert list(first.sites) == ["hospital-01"]
     assert "no reply within 3 s" in first.refused["hospital-02"]
