@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import tomli_w
+
 from client.enrol import read_known_centre
 from client.gate import RUNNING
 from shared.enrol import EnrolError
 from shared.processes import HeldError, end_all, flower_environment, hold, is_alive, owned
 from shared.site import Site
+from shared.units import unit_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
 STEADY_S = 120.0  # a node that lived that long did not fail at its start
@@ -96,6 +99,12 @@ class Daemon:
             (folder / name).chmod(0o755)
         return folder
 
+    def _write_node_config(self) -> Path:
+        """Write the node config as a file: a path of any characters can stand in it."""
+        path = self._centre.folder / "node.toml"
+        path.write_text(tomli_w.dumps({"site": str(self._site_yaml)}))
+        return path
+
     def _start(self, programs: Path) -> subprocess.Popen:
         """Start the SuperNode."""
         flower = Path(sys.executable).parent
@@ -119,7 +128,7 @@ class Daemon:
             "--port",
             str(port),
             "--node-config",
-            f'site="{self._site_yaml}"',
+            str(self._write_node_config()),
         ]
         return subprocess.Popen(
             command,
@@ -200,7 +209,7 @@ def _broken_since(line: str, before: float | None) -> float | None:
 
 def _reason(line: str) -> str:
     """What a line of the SuperNode says about its end, in words and with the next step; empty if nothing."""
-    if "[code: 2004]" in line:
+    if "[code: 2004]" in line or "401 Unauthorized" in line:
         return (
             "the centre does not take this node: it is not registered or revoked (ask the centre), or it still counts as online from "
             "before, for up to a minute"
@@ -212,29 +221,16 @@ def _reason(line: str) -> str:
     return ""
 
 
-def unit_text(site_yaml: Path, user: bool) -> str:
-    """A systemd unit for the daemon."""
-    program = Path(sys.executable).parent / "hemafed-client"
-    target = "default.target" if user else "multi-user.target"
-    return f"""\
-[Unit]
-Description=hemafed: {site_yaml.parent.name} takes part in federated training
-Wants=network-online.target
-After=network-online.target
-
-[Service]
-ExecStart="{program}" join "{site_yaml}"
-Restart=always
-RestartSec=10
-KillSignal=SIGTERM
-TimeoutStopSec=60
-NoNewPrivileges=true
-ProtectSystem=full
-PrivateTmp=true
-
-[Install]
-WantedBy={target}
-"""
+def site_unit(site_yaml: Path, user: bool) -> str:
+    """A systemd unit for the daemon; of the system, it runs as whoever owns site.yaml."""
+    owner = site_yaml.owner()
+    return unit_text(
+        f"hemafed: {site_yaml.parent.name} takes part in federated training",
+        ["hemafed-client", "join", str(site_yaml)],
+        user="" if user or owner == "root" else owner,
+        stop_s=60,
+        target="default.target" if user else "multi-user.target",
+    )
 
 
 def install_unit(site: Site, site_yaml: Path) -> tuple[Path, list[str]]:
@@ -243,7 +239,7 @@ def install_unit(site: Site, site_yaml: Path) -> tuple[Path, list[str]]:
     folder = Path.home() / ".config" / "systemd" / "user" if user else Path("/etc/systemd/system")
     path = folder / f"hemafed-{site.name}.service"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(unit_text(site_yaml.resolve(), user))
+    path.write_text(site_unit(site_yaml.resolve(), user))
     who = "systemctl --user" if user else "systemctl"
     commands = [f"{who} daemon-reload", f"{who} enable --now {path.name}"]
     return path, commands + (["loginctl enable-linger  # so that it runs while nobody is logged in"] if user else [])

@@ -191,10 +191,13 @@ def _write(pair: Pair, key: ec.EllipticCurvePrivateKey, certificate: x509.Certif
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read."""
+    """Write a file that only its owner may read; written by root, it is of whoever owns its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)
     partial.write_bytes(content)
+    if os.geteuid() == 0:
+        folder = path.parent.stat()
+        os.chown(partial, folder.st_uid, folder.st_gid)
     os.replace(partial, path)

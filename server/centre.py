@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import tomllib
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from shared.enrol import Invitation, Request, check_request, key_fingerprint
 from shared.site import is_site_name
 
 INVITATION_DAYS = 14
+_NOT_IN_FOLDER = '"$\\\n'
 CONNECTION = "centre"  # the name of the centre's SuperLink in Flower's own config
 
 
@@ -124,13 +126,14 @@ def init_centre(centre: Centre) -> None:
     """Make a centre's folder: authority, certificates, secret and config.
 
     Raises:
-      CentreError: there is one already.
+      CentreError: there is one already, or no centre can be so.
     """
     path = centre.folder / "centre.toml"
     if path.exists():
         raise CentreError(
             f"{path} exists; 'hemafed-server renew' makes new server certificates, another centre needs another folder"
         )
+    _check(centre)
     for folder in (centre.folder / "keys", centre.folder / "sites", centre.flower, centre.state, centre.runs):
         folder.mkdir(parents=True, exist_ok=True)
     (centre.folder / "keys").chmod(0o700)
@@ -168,9 +171,35 @@ def read_centre(folder: Path) -> Centre:
             f"{folder} is no centre: it has no centre.toml; 'hemafed-server init {folder} --host NAME' makes one"
         )
     try:
-        return Centre(folder=folder.absolute(), **tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+        centre = Centre(folder=folder.absolute(), **tomllib.loads(path.read_text()))
+        _check(centre)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, CentreError) as error:
         raise CentreError(f"{path}: {error}; expected host, port, listen, loopback_port") from error
+    return centre
+
+
+def _check(centre: Centre) -> None:
+    """Refuse what could not be served.
+
+    Raises:
+      CentreError: names the value.
+    """
+    if strange := set(str(centre.folder)) & set(_NOT_IN_FOLDER):
+        raise CentreError(
+            f"the centre's folder {str(centre.folder)!r} has {sorted(strange)}, which nginx reads otherwise"
+        )
+    for name in ("host", "listen"):
+        text = getattr(centre, name)
+        if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z0-9.:*_\[\]-]+", text):
+            raise CentreError(f"{name} is {text!r}, expected a name or an address")
+    for name in ("port", "loopback_port"):
+        port = getattr(centre, name)
+        if type(port) is not int or not 1 <= port <= 65535:
+            raise CentreError(f"{name} is {port!r}, expected a whole number from 1 to 65535")
+    if centre.port == centre.loopback_port:
+        raise CentreError(
+            f"port and loopback_port are both {centre.port}; hospitals and Flower's own processes need one each"
+        )
 
 
 def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation:

@@ -32,7 +32,7 @@ from shared.config import ConfigError, parse_config
 from shared.enrol import EnrolError, Request, read_letter, write_letter
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="What the coordinating centre does.")
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 200)  # a line of `sites` with its key
 CentreFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the centre's folder")]
 SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
 

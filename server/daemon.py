@@ -21,6 +21,7 @@ from pathlib import Path
 import tomli_w
 
 from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read_sites, write_nodes
+from server.files import bound_log
 from server.flower import PROGRAMS, centre_environment, flwr
 from server.proxy import find_nginx, stop_proxy, write_proxy_config
 from server.runs import read_status
@@ -33,6 +34,7 @@ LOOK_S, ASK_FLOWER_S = 1.0, 15.0
 RESTART_PAUSE_S, RETRY_S = 2.0, 10.0
 MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
 LONGEST_PAUSE_S = 300.0
+LARGEST_LOG = 50_000_000  # bytes; as much again is kept of the lines before
 RESTARTED = "the server was restarted"
 
 
@@ -98,6 +100,7 @@ class Daemon:
                 self._warn_of_expiry()
                 self._sync_sites()
                 self._sync_run()
+                self._bound_logs()
             except (CentreError, OSError) as error:  # a busy SuperLink, a full disk: no reason to end what runs
                 self._say(f"{error}; again in {RETRY_S:g} s")
                 self._stopping.wait(RETRY_S)
@@ -264,6 +267,11 @@ class Daemon:
         """Change state/run.json; a stop that was asked for meanwhile is kept."""
         now = read_wanted(self._centre) or wanted
         write_wanted(self._centre, replace(now, **changes))
+
+    def _bound_logs(self) -> None:
+        """Keep the newest lines of Flower's programs and of the door."""
+        for path in (*(self._centre.state / "logs").glob("*.log"), *self._centre.state.glob("*.log")):
+            bound_log(path, LARGEST_LOG)
 
     def _warn_of_expiry(self) -> None:
         """Say once a day that a certificate is about to expire."""

@@ -35,23 +35,23 @@ _TEMPLATE = """\
 # Written by hemafed-server at each start; changes here are lost.
 worker_processes auto;
 daemon off;
-pid {state}/nginx.pid;
-error_log {state}/nginx.log warn;
+pid "{state}/nginx.pid";
+error_log "{state}/nginx.log" warn;
 events {{ worker_connections 1024; }}
 http {{
-  access_log {state}/access.log;
+  access_log "{state}/access.log";
   server_tokens off;
-  client_body_temp_path {state}/nginx/body;
-  proxy_temp_path {state}/nginx/proxy;
-  fastcgi_temp_path {state}/nginx/fastcgi;
-  uwsgi_temp_path {state}/nginx/uwsgi;
-  scgi_temp_path {state}/nginx/scgi;
+  client_body_temp_path "{state}/nginx/body";
+  proxy_temp_path "{state}/nginx/proxy";
+  fastcgi_temp_path "{state}/nginx/fastcgi";
+  uwsgi_temp_path "{state}/nginx/uwsgi";
+  scgi_temp_path "{state}/nginx/scgi";
   upstream superlink {{ server 127.0.0.1:{loopback_port}; keepalive 64; }}
   server {{
     listen {listen}:{port} ssl;
     server_name {host};
-    ssl_certificate {certificate};
-    ssl_certificate_key {key};
+    ssl_certificate "{certificate}";
+    ssl_certificate_key "{key}";
     ssl_protocols TLSv1.2 TLSv1.3;
     client_max_body_size {largest};
     client_body_timeout 120s;
@@ -64,7 +64,7 @@ http {{
       proxy_set_header Host localhost;
       proxy_read_timeout 300s;
       proxy_send_timeout 300s;
-      proxy_ssl_trusted_certificate {authority};
+      proxy_ssl_trusted_certificate "{authority}";
       proxy_ssl_verify on;
       proxy_ssl_name localhost;
       proxy_ssl_server_name on;

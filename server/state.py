@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +16,7 @@ from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read
 from server.flower import flwr
 from server.runs import read_rounds, read_status
 from server.wanted import TERMINAL, Wanted, is_running, read_wanted
+from shared.units import unit_text
 
 FOLLOW_S = 1.0
 LEAST_FREE_GB = 2.0
@@ -132,27 +133,15 @@ def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> Wanted:
 
 def write_unit(centre: Centre) -> Path:
     """A systemd unit for the centre, in its folder."""
-    program = shutil.which("hemafed-server", path=str(Path(sys.executable).parent)) or "hemafed-server"
     path = centre.folder / "hemafed-server.service"
-    path.write_text(f"""\
-[Unit]
-Description=hemafed coordinating centre
-Wants=network-online.target
-After=network-online.target
-
-[Service]
-ExecStart="{program}" start "{centre.folder}"
-# A user of its own: useradd --system hemafed && chown -R hemafed "{centre.folder}"
-User=hemafed
-AmbientCapabilities=CAP_NET_BIND_SERVICE
-Restart=always
-RestartSec=10
-TimeoutStopSec=90
-NoNewPrivileges=true
-ProtectSystem=full
-PrivateTmp=true
-
-[Install]
-WantedBy=multi-user.target
-""")
+    path.write_text(
+        unit_text(
+            "hemafed coordinating centre",
+            ["hemafed-server", "start", str(centre.folder)],
+            user="hemafed",
+            stop_s=90,
+            extra=f"# A user of its own: useradd --system hemafed && chown -R hemafed {shlex.quote(str(centre.folder))}\n"
+            "AmbientCapabilities=CAP_NET_BIND_SERVICE\n",
+        )
+    )
     return path

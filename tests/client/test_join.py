@@ -18,7 +18,7 @@ from flwr.supernode import fleet_http_connection, start_client_internal
 import client.join
 from client.enrol import read_known_centre
 from client.gate import ROOT, RUNNING
-from client.join import Daemon, _answering, _reason, install_unit, unit_text
+from client.join import Daemon, _answering, _reason, install_unit, site_unit
 from shared.enrol import EnrolError
 from shared.processes import flower_environment, hold, is_held
 from shared.site import read_site
@@ -316,10 +316,12 @@ def verified(path: Path, user: bool, runtime: Path) -> list[str]:
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, user: bool) -> None:
     unit = tmp_path / "hemafed-hospital-01.service"
     site_yaml = tmp_path / "the site's folder" / "site.yaml"
-    text = unit_text(site_yaml, user)
+    site_yaml.parent.mkdir()
+    site_yaml.touch()
+    text = site_unit(site_yaml, user)
     unit.write_text(text)
     assert verified(unit, user, tmp_path / "run") == []
-    assert f'" join "{site_yaml}"\n' in text
+    assert f'" "join" "{site_yaml}"\n' in text
     assert text.endswith(f"WantedBy={'default.target' if user else 'multi-user.target'}\n")
     unit.write_text(text.replace("Restart=always", "Restart=allways"))
     assert any("allways" in line for line in verified(unit, user, tmp_path / "run")), "else the lines above say nothing"
@@ -333,9 +335,18 @@ def test_the_unit_of_a_user_is_written_where_systemd_looks_for_it(
     monkeypatch.chdir(site_yaml.parent)
     path, commands = install_unit(read_site(site_yaml), Path("site.yaml"))
     assert path == tmp_path / "home" / ".config" / "systemd" / "user" / "hemafed-hospital-01.service"
-    assert path.read_text() == unit_text(site_yaml.resolve(), user=True), "with its whole path"
+    assert path.read_text() == site_unit(site_yaml.resolve(), user=True), "with its whole path"
     assert commands == [
         "systemctl --user daemon-reload",
         "systemctl --user enable --now hemafed-hospital-01.service",
         "loginctl enable-linger  # so that it runs while nobody is logged in",
     ]
+
+
+def test_the_unit_of_the_system_runs_as_the_owner_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site_yaml = tmp_path / "site.yaml"
+    site_yaml.touch()
+    assert ("User=" in site_unit(site_yaml, user=False)) == (site_yaml.owner() != "root")
+    monkeypatch.setattr(Path, "owner", lambda self: "radiology")
+    assert "\nUser=radiology\n" in site_unit(site_yaml, user=False)
+    assert "User=" not in site_unit(site_yaml, user=True), "a user's own manager runs as that user"

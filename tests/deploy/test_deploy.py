@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from client.gate import code_hash
-from client.join import unit_text
 from server.centre import Centre
 from server.state import write_unit
+from shared.units import unit_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -337,8 +337,11 @@ def test_the_units_are_as_strict_as_those_that_the_programs_write(tmp_path: Path
     written = write_unit(Centre(tmp_path, "fed.example.org")).read_text().replace(str(tmp_path), str(folder))
     centre = settings((DEPLOY / "systemd" / "hemafed-centre.service").read_text())
     hospital = settings((DEPLOY / "systemd" / "hemafed-hospital.service").read_text())
-    site = Path("/var/lib/hemafed/site/site.yaml")
-    for ours, theirs in ((centre, settings(written)), (hospital, settings(unit_text(site, user=False)))):
+    join = ["hemafed-client", "join", "/var/lib/hemafed/site/site.yaml"]
+    for ours, theirs in (
+        (centre, settings(written)),
+        (hospital, settings(unit_text("", join, user="hemafed", stop_s=60))),
+    ):
         start = ("Service", "ExecStart")
         assert ours.pop(start).split()[1:] == shlex.split(theirs.pop(start))[1:]
         assert (ours["Service", "ProtectSystem"], theirs.pop(("Service", "ProtectSystem"))) == ("strict", "full")

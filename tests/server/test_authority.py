@@ -167,6 +167,14 @@ def test_keys_are_readable_by_their_owner_alone_and_certificates_by_all(tmp_path
     assert sorted(path.suffix for path in (tmp_path / "keys").iterdir()) == [".crt", ".crt", ".key", ".key"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_key_that_root_makes_is_of_the_owner_of_its_folder(tmp_path: Path) -> None:
+    os.chown(tmp_path, 1234, 5678)
+    write_private(tmp_path / "public.key", b"secret")
+    found = (tmp_path / "public.key").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 5678, 0o600)
+
+
 def test_a_secret_replaces_a_file_and_what_a_crash_left_that_others_could_read(tmp_path: Path) -> None:
     for name in ("secret", "secret.partial"):
         (tmp_path / name).write_bytes(b"old")

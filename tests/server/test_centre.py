@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 import stat
 import subprocess
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import tomli_w
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -99,6 +101,36 @@ def test_a_damaged_config_is_named(centre: Centre, content: bytes) -> None:
     (centre.folder / "centre.toml").write_bytes(content)
     with pytest.raises(CentreError, match=r"centre\.toml: .*; expected host, port, listen, loopback_port"):
         read_centre(centre.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"loopback_port": 443}, "port and loopback_port are both 443"),
+        ({"port": 0}, "port is 0, expected a whole number from 1 to 65535"),
+        ({"loopback_port": 65536}, "loopback_port is 65536"),
+        ({"port": "443"}, "port is '443'"),
+        ({"port": True}, "port is True"),
+        ({"host": ""}, "host is '', expected a name or an address"),
+        ({"listen": "0.0.0.0; deny all"}, "listen is '0.0.0.0; deny all'"),
+    ],
+)
+def test_what_could_not_be_served_is_refused_when_made_and_when_read(
+    centre: Centre, tmp_path: Path, change: dict, told: str
+) -> None:
+    with pytest.raises(CentreError, match=re.escape(told)):
+        init_centre(replace(centre, folder=tmp_path / "another", **change))
+    assert not (tmp_path / "another").exists()
+    path = centre.folder / "centre.toml"
+    path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | change))
+    with pytest.raises(CentreError, match=re.escape(told)) as refusal:
+        read_centre(centre.folder)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_folder_whose_name_nginx_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CentreError, match=r"\['\$'\], which nginx reads otherwise"):
+        make_centre(tmp_path / "costs $5")
 
 
 def test_the_whole_way_from_invitation_to_registration(centre: Centre, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     centre = make_centre(tmp_path / "the centre of 'all'")
     unit = write_unit(centre)
     assert unit == centre.folder / "hemafed-server.service"
-    assert f'" start "{centre.folder}"\n' in unit.read_text()
+    assert f'" "start" "{centre.folder}"\n' in unit.read_text()
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze")
     told = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
