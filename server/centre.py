@@ -1,4 +1,4 @@
-"""The coordinating centre's folder: what it is called, whom it invited, whom it knows.
+"""The coordinating centre's folder: what it is called, where it serves, its certificates.
 
     centre.toml           name, host and port that hospitals use, the loopback port of Flower's SuperLink
     keys/                 authority, the public server's and the loopback server's certificates, SuperExec's secret
@@ -12,24 +12,16 @@ All of the centre is in this folder; a backup of it is a backup of the centre.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
 import re
 import secrets
 import tomllib
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tomli_w
 
 from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, make_authority, write_private
-from server.files import replace_text
-from shared.enrol import Invitation, Request, check_request, key_fingerprint
-from shared.site import is_site_name
 
-INVITATION_DAYS = 14
 _NOT_IN_FOLDER = '"$\\\n'
 CONNECTION = "centre"  # the name of the centre's SuperLink in Flower's own config
 
@@ -92,34 +84,6 @@ class Centre:
 
     def _pair(self, name: str) -> Pair:
         return Pair(self.folder / "keys" / f"{name}.key", self.folder / "keys" / f"{name}.crt")
-
-
-@dataclass(frozen=True)
-class KnownSite:
-    """A hospital as the centre knows it.
-
-    Attributes:
-      site: its public name.
-      status: invited, registered or revoked.
-      since: of that, ISO 8601, UTC.
-      token_hash: of the invitation's token, until it is used.
-      expires: of the invitation.
-      public_key: OpenSSH; empty until it is registered.
-      revoked_keys: those that it had before; never taken again.
-    """
-
-    site: str
-    status: str
-    since: str
-    token_hash: str = ""
-    expires: str = ""
-    public_key: str = ""
-    revoked_keys: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its key."""
-        return key_fingerprint(self.public_key) if self.public_key else ""
 
 
 def init_centre(centre: Centre) -> None:
@@ -200,123 +164,6 @@ def _check(centre: Centre) -> None:
         raise CentreError(
             f"port and loopback_port are both {centre.port}; hospitals and Flower's own processes need one each"
         )
-
-
-def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation:
-    """Invite a hospital; a second invitation replaces the first.
-
-    Raises:
-      CentreError: the name cannot be one, or is registered.
-    """
-    if not is_site_name(site):
-        raise CentreError(f"site name {site!r}, expected up to 64 letters, digits, '-', '_' or '.'")
-    known = read_sites(centre).get(site)
-    if known is not None and known.status == "registered":
-        raise CentreError(
-            f"site {site!r} is registered since {known.since}; to give it a new key, 'hemafed-server revoke' it first"
-        )
-    token, expires = secrets.token_urlsafe(24), datetime.now(UTC) + timedelta(days=days)
-    until = expires.isoformat(timespec="seconds")
-    revoked = () if known is None else tuple(key for key in (*known.revoked_keys, known.public_key) if key)
-    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
-    return Invitation(
-        site=site,
-        address=f"{centre.host}:{centre.port}",
-        authority=centre.authority.certificate.read_text(),
-        token=token,
-        expires=until,
-    )
-
-
-def register(centre: Centre, request: Request) -> KnownSite:
-    """Take a hospital's key.
-
-    Raises:
-      EnrolError: the request was changed, or its sender does not have the key.
-      CentreError: nobody was invited under that name, the invitation is used, over or another's, or the key is known.
-    """
-    check_request(request)
-    sites = read_sites(centre)
-    known = sites.get(request.site)
-    if known is None:
-        raise CentreError(f"site {request.site!r} was not invited; 'hemafed-server invite' does that")
-    for other in sites.values():
-        if request.public_key in (other.public_key, *other.revoked_keys):
-            how = f"{other.status} since {other.since}" if request.public_key == other.public_key else "revoked"
-            raise CentreError(
-                f"the key of this request is that of site {other.site!r} ({how}); each site has a key "
-                "of its own, and a revoked one is not used again: the site runs 'hemafed-client init' anew"
-            )
-    if known.status != "invited":
-        raise CentreError(f"site {request.site!r} is {known.status} since {known.since}; invite it again")
-    if not hmac.compare_digest(known.token_hash, _token_hash(request.token)):
-        raise CentreError(
-            f"the request of site {request.site!r} answers another invitation than the last; invite it again"
-        )
-    if datetime.fromisoformat(known.expires) < datetime.now(UTC):
-        raise CentreError(f"the invitation of site {request.site!r} expired on {known.expires}; invite it again")
-    taken = KnownSite(
-        request.site, "registered", _now(), public_key=request.public_key, revoked_keys=known.revoked_keys
-    )
-    _write_site(centre, taken)
-    return taken
-
-
-def revoke(centre: Centre, site: str) -> KnownSite:
-    """Forget a hospital's key, for good.
-
-    Raises:
-      CentreError: it is not known.
-    """
-    known = read_sites(centre).get(site)
-    if known is None:
-        raise CentreError(f"site {site!r} is not known; 'hemafed-server sites' lists who is")
-    gone = replace(known, status="revoked", since=_now(), token_hash="", expires="")
-    _write_site(centre, gone)
-    return gone
-
-
-def read_sites(centre: Centre) -> dict[str, KnownSite]:
-    """Name -> site, of all that were ever invited.
-
-    Raises:
-      CentreError: a file is damaged.
-    """
-    sites = {}
-    for path in sorted((centre.folder / "sites").glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-            content["revoked_keys"] = tuple(content.get("revoked_keys", ()))
-            sites[path.stem] = KnownSite(**content)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CentreError(
-                f"{path} is damaged ({error}); restore it from a backup, or delete it and invite anew"
-            ) from error
-    return sites
-
-
-def read_nodes(centre: Centre) -> dict[str, str]:
-    """Site -> number of its node in the running SuperLink; empty before it runs."""
-    path = centre.state / "nodes.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_nodes(centre: Centre, nodes: dict[str, str]) -> None:
-    """The inverse of read_nodes."""
-    replace_text(centre.state / "nodes.json", json.dumps(nodes, indent=2) + "\n")
-
-
-def _write_site(centre: Centre, site: KnownSite) -> None:
-    """Replace a site's file."""
-    replace_text(centre.folder / "sites" / f"{site.site}.json", json.dumps(asdict(site), indent=2) + "\n")
-
-
-def _token_hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def expiry_warnings(centre: Centre) -> list[str]:

@@ -12,19 +12,9 @@ import typer
 from rich.console import Console
 
 from server.authority import AuthorityError, days_left, fingerprint
-from server.centre import (
-    INVITATION_DAYS,
-    Centre,
-    CentreError,
-    expiry_warnings,
-    init_centre,
-    invite,
-    read_centre,
-    register,
-    renew_certificates,
-    revoke,
-)
+from server.centre import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.daemon import Daemon
+from server.members import INVITATION_DAYS, invite, register, revoke
 from server.runs import RunError, flatten, new_run_name, read_keys
 from server.state import follow_run, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted

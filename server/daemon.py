@@ -20,9 +20,10 @@ from pathlib import Path
 
 import tomli_w
 
-from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read_sites, write_nodes
+from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.files import bound_log
 from server.flower import PROGRAMS, centre_environment, flwr
+from server.members import read_sites, write_nodes
 from server.proxy import find_nginx, stop_proxy, write_proxy_config
 from server.runs import read_status
 from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_wanted

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from server.centre import CONNECTION, Centre, CentreError, expiry_warnings, read_nodes, read_sites
+from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.flower import flwr
+from server.members import read_nodes, read_sites
 from server.runs import read_rounds, read_status
 from server.wanted import TERMINAL, Wanted, is_running, read_wanted
 from shared.units import unit_text

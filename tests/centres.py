@@ -13,7 +13,8 @@ from pathlib import Path
 
 from client.enrol import init_site
 from server.authority import Pair
-from server.centre import Centre, init_centre, invite, register
+from server.centre import Centre, init_centre
+from server.members import invite, register
 from shared.enrol import Request, read_letter, write_letter
 from tests.small_sites import make_site
 

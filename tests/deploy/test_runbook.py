@@ -16,8 +16,9 @@ import yaml
 
 from client.cli import app as client_app
 from server.authority import SERVER_DAYS
-from server.centre import INVITATION_DAYS, Centre
+from server.centre import Centre
 from server.cli import app as server_app
+from server.members import INVITATION_DAYS
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"

@@ -26,8 +26,9 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from client.audit import read_entries
 from client.enrol import read_known_centre, read_node_key
 from server.authority import Pair, issue_server, make_authority
-from server.centre import CONNECTION, read_nodes
+from server.centre import CONNECTION
 from server.flower import flwr
+from server.members import read_nodes
 from server.proxy import FLEET_CALLS
 from server.runs import read_status
 from shared.enrol import make_node_key

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.authority import issue_server, read_certificate
-from server.centre import Centre, CentreError, read_sites
+from server.centre import Centre, CentreError
+from server.members import read_sites
 from server.runs import append_round, write_status
 from server.state import follow_run, last_refusals, online, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, Wanted, is_running, lock_path, read_wanted, want_run, write_wanted
