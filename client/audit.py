@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -124,8 +125,15 @@ def verify(folder: Path, known: tuple[str, ...] = ()) -> Verdict:
 
     Args:
       folder: the site's state folder.
-      known: hashes that the coordinating centre received; each must be in the chain.
+      known: hashes that the coordinating centre received, whole; each must be in the chain.
+    Raises:
+      AuditError: a known hash is none.
     """
+    for one in known:
+        if not re.fullmatch("[0-9a-f]{64}", one):
+            raise AuditError(
+                f"--known {one!r} is no hash; give all 64 digits, as the centre's rounds.jsonl has them under 'audit'"
+            )
     before, entries, faults, unread, hashes = START, 0, [], b"", set()
     for number, line, entry in read_entries(folder):
         if entry is None:
@@ -151,7 +159,10 @@ def verify(folder: Path, known: tuple[str, ...] = ()) -> Verdict:
     if unread:
         faults.append("the last line is unfinished; the next entry will say so")
     missing = [one for one in known if one not in hashes]
-    faults += [f"no entry with the hash {one[:12]}… that the centre received: lines were removed" for one in missing]
+    faults += [
+        f"no entry with the hash {one[:12]}… that the centre received: lines were removed, or the hash is of another site"
+        for one in missing
+    ]
     return Verdict(entries, before, tuple(faults))
 
 

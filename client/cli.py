@@ -13,10 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from client.dicom import Fault, silence_readers
 from client.ingest import IngestError, IngestReport, ingest
 from shared.enrol import EnrolError
+from shared.rights import not_permitted
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What a hospital does with its own data.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What a hospital does with its own data.",
+)
 console = Console()
 SiteFile = Annotated[Path, typer.Argument(help="the hospital's site.yaml")]
 Workers = Annotated[int | None, typer.Option(help="processes; by default one per core", min=1)]
@@ -92,7 +98,7 @@ def find_command(
         for code, what in find(site, codes):
             found += 1
             say(f"{code}: {what}")
-    except SiteError as error:
+    except (SiteError, OSError) as error:
         raise refuse(error, 2) from error
     if found < len(set(codes)):
         say(f"{len(set(codes)) - found} codes are not of this folder as it is now; run the report again")
@@ -109,16 +115,16 @@ def audit_command(
 
     Ends with 0 if it is, 1 if a line was changed, removed or added.
     """
-    from client.audit import verify
+    from client.audit import AuditError, verify
 
     try:
         site = read_site(site_yaml)
-    except SiteError as error:
+        verdict = verify(site.state, tuple(known or ()))
+        if not check:
+            for line in audit_lines(site):
+                say(line)
+    except (SiteError, AuditError, OSError) as error:
         raise refuse(error, 2) from error
-    if not check:
-        for line in audit_lines(site):
-            say(line)
-    verdict = verify(site.state, tuple(known or ()))
     for fault in verdict.faults:
         say(f"fault: {fault}")
     whole = "changed" if verdict.faults else "whole"
@@ -166,7 +172,7 @@ def init_command(
         raise refuse(error) from error
     if written:
         say(f"wrote {site_yaml}: name the folders of your data in it")
-    say(f"1. send {request} to the centre; it may be sent openly, but holds a token that is good once")
+    say(f"1. send {request.absolute()} to the centre; it may be sent openly, but holds a token that is good once")
     say(f"2. read them this fingerprint, by telephone: {centre.fingerprint()}")
     say(f"3. once they have registered you: hemafed-client join {site_yaml}")
 
@@ -193,6 +199,7 @@ def join_command(
         if any(not finding.good and (check or install or finding.what != "connection") for finding in findings):
             raise typer.Exit(1)
         if check:
+            say("whether the centre has registered this key shows when it joins")
             return
         if install:
             path, commands = install_unit(site, site_yaml)
@@ -263,7 +270,8 @@ def say(line: str) -> None:
 def refuse(error: Exception, code: int = 1) -> typer.Exit:
     """Say what is wrong and end with a status."""
     console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-    say(str(error))
+    denied = isinstance(error, PermissionError) and error.filename
+    say(f"{error.filename} {not_permitted(Path(error.filename))}" if denied else str(error))
     return typer.Exit(code)
 
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
+from shared.config import is_name
 from shared.enrol import (
     EnrolError,
     Invitation,
+    Request,
     key_fingerprint,
     make_node_key,
     make_request,
@@ -26,7 +29,8 @@ from shared.enrol import (
     read_letter,
     write_letter,
 )
-from shared.site import Site, is_site_name, read_site
+from shared.rights import not_permitted
+from shared.site import Site, read_site
 
 _TEMPLATE = """\
 # What {site} says about itself; it belongs to the hospital, and nothing that the centre sends changes it.
@@ -54,10 +58,12 @@ class Centre:
     Attributes:
       folder: `centre/` of the site's state folder.
       address: "host:port".
+      site: the name that was invited and registered.
     """
 
     folder: Path
     address: str
+    site: str
 
     @property
     def authority(self) -> Path:
@@ -109,16 +115,17 @@ def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tup
             f"{invitation_path} invites site {invitation.site!r}, and {site_yaml} is of site {site.name!r}; use the name that the "
             "centre chose, or ask for another invitation"
         )
-    centre = Centre(site.state / "centre", invitation.address)
+    centre = Centre(site.state / "centre", invitation.address, invitation.site)
     if centre.key.exists():
         raise EnrolError(
             f"{centre.key} exists: this site answered an invitation before; to answer a new one, move the folder {centre.folder} away"
         )
+    _check_place(request_path, invitation.site)
     key = make_node_key()
     centre.folder.mkdir(parents=True, exist_ok=True)
     centre.folder.chmod(0o700)
     centre.authority.write_text(invitation.authority)
-    (centre.folder / "centre.json").write_text(json.dumps({"address": invitation.address}) + "\n")
+    (centre.folder / "centre.json").write_text(json.dumps({"address": centre.address, "site": centre.site}) + "\n")
     partial = centre.key.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)
@@ -128,8 +135,18 @@ def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tup
     return centre, written
 
 
+def _check_place(path: Path, site: str) -> None:
+    """That a request does not overwrite one of another site, which may not have been sent."""
+    try:
+        other = read_letter(path, Request).site
+    except EnrolError:  # nothing is there, or something else
+        return
+    if other != site:
+        raise EnrolError(f"{path.absolute()} is the request of site {other!r}; give another place with --request FILE")
+
+
 def _check_invitation(path: Path, invitation: Invitation) -> None:
-    """That an invitation is not over, and that its name can stand in a site.yaml and be nothing but a name there."""
+    """That an invitation is not over, and that its parts are what they should be; its name will stand in a site.yaml."""
     try:
         over = datetime.fromisoformat(invitation.expires) < datetime.now(UTC)
     except (ValueError, TypeError) as error:
@@ -139,7 +156,14 @@ def _check_invitation(path: Path, invitation: Invitation) -> None:
         ) from error
     if over:
         raise EnrolError(f"{path}: the invitation expired on {invitation.expires}; ask the centre for a new one")
-    if not is_site_name(invitation.site):
+    try:
+        _check_address(Centre(path.parent, invitation.address, invitation.site))
+        x509.load_pem_x509_certificate(invitation.authority.encode())
+    except ValueError as error:
+        raise EnrolError(
+            f"{path} was damaged on its way: its address or authority cannot be read; ask the centre for the file again"
+        ) from error
+    if not is_name(invitation.site):
         raise EnrolError(
             f"{path} invites site {invitation.site!r}, expected up to 64 letters, digits, '-', '_' or '.'; ask the centre for "
             "another invitation"
@@ -159,14 +183,26 @@ def read_known_centre(site: Site) -> Centre:
             f"site {site.name!r} answered no invitation: there is no {path}; 'hemafed-client init INVITATION SITE_YAML' does that"
         )
     try:
-        centre = Centre(folder, str(json.loads(path.read_text())["address"]))
-        if not centre.host or not 0 < centre.port < 65536:
-            raise ValueError(centre.address)
+        known = json.loads(path.read_text())
+        centre = Centre(folder, str(known["address"]), str(known["site"]))
+        _check_address(centre)
     except (ValueError, KeyError, TypeError) as error:
         raise EnrolError(
-            f"{path} is damaged ({error}); restore it from a backup, or answer a new invitation"
+            f"{path} is damaged ({error}); expected the centre's address as host:port, and site; restore it from a backup, or "
+            "answer a new invitation"
         ) from error
+    if centre.site != site.name:
+        raise EnrolError(
+            f"this site was invited as {centre.site!r}, and site.yaml names it {site.name!r}; the centre knows its key under the first: "
+            "put that name back, or ask for an invitation under the new one"
+        )
     return centre
+
+
+def _check_address(centre: Centre) -> None:
+    """That an address has a host and a port; raises ValueError."""
+    if not centre.host or not 0 < centre.port < 65536:
+        raise ValueError(centre.address)
 
 
 def read_node_key(centre: Centre) -> object:
@@ -179,6 +215,8 @@ def read_node_key(centre: Centre) -> object:
     try:
         mode = path.stat().st_mode & 0o777
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except PermissionError as error:
+        raise EnrolError(f"{path} {not_permitted(path)}") from error
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise EnrolError(
             f"{path}: no private key ({type(error).__name__}); restore it from a backup, or answer a new invitation"

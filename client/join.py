@@ -24,7 +24,7 @@ import tomli_w
 from client.enrol import read_known_centre
 from client.gate import RUNNING
 from shared.enrol import EnrolError
-from shared.processes import HeldError, end_all, flower_environment, hold, is_alive, owned
+from shared.processes import HeldError, end_owned, flower_environment, hold, is_alive
 from shared.site import Site
 from shared.units import unit_text
 
@@ -56,7 +56,7 @@ class Daemon:
         """
         try:
             with hold(self._centre.folder / "lock"):
-                end_all(owned(self._centre.folder))  # what a daemon that was killed left running
+                end_owned(self._centre.folder)  # what a daemon that was killed left running
                 self._supervise()
         except HeldError as error:
             raise EnrolError(
@@ -78,8 +78,7 @@ class Daemon:
                 self._watch(node)
             finally:
                 # By a signal first: a node that says good-bye can come back at once.
-                end_all(owned(self._centre.folder))
-                node.wait()
+                end_owned(self._centre.folder, [node])
             if self._stopping.is_set():
                 break
             pause_s = FIRST_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_PAUSE_S)

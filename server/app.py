@@ -26,6 +26,7 @@ from server.checkpoint import (
     write_tensors,
 )
 from server.evaluate import EvaluationError, fit_probe, summarise_run
+from server.members import registered_nodes
 from server.report import write_report
 from server.roster import Member, QuorumError, Session, content_of, gather, receive
 from server.runs import (
@@ -122,7 +123,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         restore_optimiser(strategy, saved)
         say(f"resuming after round {saved.round_number}")
 
-    session = Session(grid, settings, run)
+    session = Session(grid, settings, run, registered=partial(registered_nodes, run.parent.parent))
     members = gather(session)
     for member in members:
         say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
@@ -144,6 +145,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         say(round_text(line, settings.rounds))
 
     say("collecting heads and testing the final model")
+    write_status(run, "running", what="the test of the final model")
     members = gather(session)
     heads = final_heads(grid, members, config, run.name, arrays, model)
     test_seen(grid, members, run, "final", config, arrays, heads)

@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared.rights import not_permitted
+
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 WARN_DAYS = 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -56,6 +58,8 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """An EC private key from a PEM file."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except PermissionError as error:
+        raise AuthorityError(f"{path} {not_permitted(path)}") from error
     except (OSError, ValueError, TypeError) as error:
         raise AuthorityError(f"{path}: no private key ({type(error).__name__}); restore it from a backup") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -69,6 +73,8 @@ def read_certificate(path: Path) -> x509.Certificate:
     """A certificate from a PEM file."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
+    except PermissionError as error:
+        raise AuthorityError(f"{path} {not_permitted(path)}") from error
     except (OSError, ValueError) as error:
         raise AuthorityError(f"{path}: no certificate ({type(error).__name__}); restore it from a backup") from error
 

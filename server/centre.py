@@ -12,6 +12,7 @@ All of the centre is in this folder; a backup of it is a backup of the centre.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import secrets
 import tomllib
@@ -152,10 +153,16 @@ def _check(centre: Centre) -> None:
         raise CentreError(
             f"the centre's folder {str(centre.folder)!r} has {sorted(strange)}, which nginx reads otherwise"
         )
-    for name in ("host", "listen"):
-        text = getattr(centre, name)
-        if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z0-9.:*_\[\]-]+", text):
-            raise CentreError(f"{name} is {text!r}, expected a name or an address")
+    if not isinstance(centre.host, str) or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", centre.host):
+        raise CentreError(
+            f"host is {centre.host!r}, expected a DNS name or an IPv4 address alone; the port has an option of its own (--port)"
+        )
+    try:
+        ipaddress.IPv4Address(centre.listen)
+    except ValueError as error:
+        raise CentreError(
+            f"listen is {centre.listen!r}, expected an IPv4 address of this machine, or 0.0.0.0 for all"
+        ) from error
     for name in ("port", "loopback_port"):
         port = getattr(centre, name)
         if type(port) is not int or not 1 <= port <= 65535:

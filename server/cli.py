@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -14,14 +15,20 @@ from rich.console import Console
 from server.authority import AuthorityError, days_left, fingerprint
 from server.centre import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.daemon import Daemon
-from server.members import INVITATION_DAYS, invite, register, revoke
-from server.runs import RunError, flatten, new_run_name, read_keys
+from server.members import INVITATION_DAYS, invitation_path, invite, register, revoke
+from server.runs import RunError, check_run, flatten, new_run_name, read_keys
 from server.state import follow_run, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from shared.config import ConfigError, parse_config
-from shared.enrol import EnrolError, Request, read_letter, write_letter
+from shared.enrol import EnrolError, Request, read_letter
+from shared.rights import not_permitted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What the coordinating centre does.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What the coordinating centre does.",
+)
 console = Console(width=None if sys.stdout.isatty() else 200)  # a line of `sites` with its key
 CentreFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the centre's folder")]
 SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
@@ -50,24 +57,25 @@ def init(
     say(
         f"made the centre of {host} in {folder}; its authority's fingerprint is {fingerprint(centre.authority.certificate)}"
     )
+    where = shlex.quote(str(folder))
     say(
-        f"next: hemafed-server invite {folder} SITE for each hospital, and hemafed-server start {folder}, or as a service:"
+        f"next: hemafed-server invite {where} SITE for each hospital, and hemafed-server start {where}, or as a service:"
     )
-    say(f"    cp {unit} /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now {unit.name}")
+    say(
+        f"    cp {shlex.quote(str(unit))} /etc/systemd/system/ && systemctl daemon-reload && systemctl enable --now {unit.name}"
+    )
 
 
 @app.command("invite")
 def invite_command(
     folder: CentreFolder,
     site: SiteName,
-    days: Annotated[int, typer.Option(help="until the invitation expires")] = INVITATION_DAYS,
+    days: Annotated[int, typer.Option(help="until the invitation expires", min=1, max=365)] = INVITATION_DAYS,
 ) -> None:
     """Write an invitation for a hospital, to be sent to it over a way that you trust."""
     try:
         centre = read_centre(folder)
-        path = centre.folder / "invitations" / f"{site}.json"
-        invitation = invite(centre, site, days)
-        write_letter(path, invitation)
+        invitation, path = invite(centre, site, days), invitation_path(centre, site)
     except (CentreError, AuthorityError, OSError) as error:
         fail(error)
     say(f"wrote {path}, good until {invitation.expires}; send it to the hospital, which answers with")
@@ -151,8 +159,7 @@ def run_command(
         name = parsed.run.id or new_run_name(parsed)
         if not is_running(centre):
             raise CentreError(f"the centre in {folder} is not running; 'hemafed-server start {folder}' does that")
-        if (centre.runs / name).exists() and not parsed.run.resume:
-            raise CentreError(f"run {name!r} exists; choose another run.id, or go on with it: --set run.resume=true")
+        check_run(centre.runs, name, parsed)
         want_run(centre, name, config)
         say(f"run {name} is on its way: hemafed-server status {folder}")
         ended = follow_run(centre, name, say) if follow else None
@@ -173,7 +180,9 @@ def stop_command(folder: CentreFolder) -> None:
         write_wanted(centre, replace(wanted, stop=True))
     except (CentreError, OSError) as error:
         fail(error)
-    say(f"run {wanted.name} is being stopped; to go on with it: --set run.id='{wanted.name}' --set run.resume=true")
+    own = shlex.quote(str(centre.runs / wanted.name / "config.toml"))
+    say(f"run {wanted.name} is being stopped; to go on with it:")
+    say(f"    hemafed-server run {shlex.quote(str(folder))} --preset {own} --set run.resume=true")
 
 
 @app.command("status")
@@ -220,7 +229,9 @@ def say(line: str) -> None:
 
 def fail(error: Exception) -> None:
     """Say what is wrong and leave with exit status 1."""
-    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    denied = isinstance(error, PermissionError) and error.filename
+    told = f"{error.filename} {not_permitted(Path(error.filename))}" if denied else error
+    console.print(f"{type(error).__name__}: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1) from error
 
 

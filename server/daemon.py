@@ -7,6 +7,7 @@ its last checkpoint. Commands of the centre's operator change files in the centr
 
 from __future__ import annotations
 
+import re
 import ssl
 import subprocess
 import threading
@@ -24,15 +25,17 @@ from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.files import bound_log
 from server.flower import PROGRAMS, centre_environment, flwr
 from server.members import read_sites, write_nodes
-from server.proxy import find_nginx, stop_proxy, write_proxy_config
-from server.runs import read_status
-from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_wanted
-from shared.processes import HeldError, end_all, hold, owned
+from server.proxy import check_port_is_free, find_nginx, is_listening, stop_proxy, write_proxy_config
+from server.runs import read_status, write_status
+from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
+from shared.processes import HeldError, end_owned, hold
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 60.0
 LOOK_S, ASK_FLOWER_S = 1.0, 15.0
-RESTART_PAUSE_S, RETRY_S = 2.0, 10.0
+RESTART_PAUSE_S, LONGEST_RESTART_S, RETRY_S = 2.0, 60.0, 10.0
+STEADY_S = 120.0  # a centre that served that long did not fail at its start
+NGINX_START_S = 5.0
 MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
 LONGEST_PAUSE_S = 300.0
 LARGEST_LOG = 50_000_000  # bytes; as much again is kept of the lines before
@@ -73,16 +76,23 @@ class Daemon:
 
     def _serve_until_stopped(self) -> None:
         """Start all processes, again whenever one of Flower's has ended."""
+        pause_s = RESTART_PAUSE_S
         while not self._stopping.is_set():
+            started = time.monotonic()
             try:
                 self._serve()
             except (CentreError, OSError) as error:  # OSError: a full disk, say; it may be mended meanwhile
                 self._say(str(error))
+                write_trouble(self._centre, str(error))
             finally:
                 self._end_all()
             if not self._stopping.is_set():
-                self._say(f"starting again in {RESTART_PAUSE_S:g} s")
-                self._stopping.wait(RESTART_PAUSE_S)
+                pause_s = (
+                    RESTART_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_RESTART_S)
+                )
+                self._say(f"starting again in {pause_s:g} s")
+                self._stopping.wait(pause_s)
+        write_trouble(self._centre, "")
 
     def _serve(self) -> None:
         """Start all processes; return when one of Flower's has ended, or on `stop`."""
@@ -94,6 +104,7 @@ class Daemon:
         self._registered = {}
         self._sync_sites()
         self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
+        write_trouble(self._centre, "")
         self._say(f"serving hospitals at {self._centre.host}:{self._centre.port}")
         while not self._stopping.wait(LOOK_S):
             self._look_after_processes()
@@ -110,18 +121,20 @@ class Daemon:
         """Start nginx again if it ended.
 
         Raises:
-          CentreError: one of Flower's ended; what it knew is lost, so all begins anew.
+          CentreError: one of Flower's ended, and what it knew is lost; or nginx does not start. All begins anew.
         """
         for name in ("superlink", "superexec"):
             if self._processes[name].poll() is not None:
                 raise CentreError(f"{name} ended ({self._processes[name].returncode}); its log is {self._log(name)}")
         if self._processes["nginx"].poll() is not None:
-            self._say(f"nginx ended; its log is {self._log('nginx')}; starting it again")
+            self._say(f"nginx ended: {self._last_line('nginx')}; starting it again")
+            stop_proxy(self._centre)
             self._start_proxy()
 
     def _start_flower(self) -> None:
         """SuperLink and SuperExec, on loopback."""
         centre = self._centre
+        check_port_is_free("127.0.0.1", centre.loopback_port, "loopback_port")
         tls = ["--ssl-ca-certfile", str(centre.authority.certificate)]
         tls += ["--ssl-certfile", str(centre.loopback.certificate), "--ssl-keyfile", str(centre.loopback.key)]
         own = ["--isolation", "process", "--superexec-auth-secret-file", str(centre.secret)]
@@ -150,7 +163,14 @@ class Daemon:
         )
         if checked.returncode:
             raise CentreError(f"nginx cannot start: {checked.stderr.strip()[-500:]}")
+        check_port_is_free(self._centre.listen, self._centre.port, "port")
         self._start("nginx", [find_nginx(), "-c", str(config)])
+        end = time.monotonic() + NGINX_START_S
+        while time.monotonic() < end and not is_listening(self._centre):
+            if self._processes["nginx"].poll() is not None or self._stopping.wait(0.1):
+                break
+        if self._processes["nginx"].poll() is not None:
+            raise CentreError(f"nginx ended: {self._last_line('nginx')}; its log is {self._log('nginx')}")
 
     def _start(self, name: str, command: list[str]) -> None:
         """One process, in a session of its own, its output in its log."""
@@ -171,6 +191,11 @@ class Daemon:
     def _log(self, name: str) -> Path:
         return self._centre.state / "logs" / f"{name}.log"
 
+    def _last_line(self, name: str) -> str:
+        """Of a process's log, without colours."""
+        lines = self._log(name).read_text(errors="replace").strip().splitlines() or ["its log is empty"]
+        return re.sub(r"\x1b\[\d*m", "", lines[-1]).strip()
+
     def _wait_until_up(self) -> None:
         """Return when the SuperLink answers."""
         context = ssl.create_default_context(cafile=str(self._centre.authority.certificate))
@@ -183,8 +208,10 @@ class Daemon:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        tail = self._log("superlink").read_text(errors="replace").strip().splitlines()[-5:]
-        raise CentreError("the SuperLink did not come up:\n" + "\n".join(tail))
+        if not self._stopping.is_set():
+            raise CentreError(
+                f"the SuperLink did not come up: {self._last_line('superlink')}; its log is {self._log('superlink')}"
+            )
 
     def _sync_sites(self) -> None:
         """Make Flower know exactly the keys of registered sites."""
@@ -228,6 +255,8 @@ class Daemon:
         centre, resume = self._centre, (self._centre.runs / wanted.name / "config.toml").is_file()
         places = {"id": wanted.name, "folder": str(centre.runs), "resume": resume}
         config = wanted.config | {"run": wanted.config.get("run", {}) | places}
+        if resume:
+            write_status(centre.runs / wanted.name, "waiting", what="the start")  # what it said before is over
         path = centre.state / "run-config.toml"
         path.write_text(tomli_w.dumps(config))
         try:
@@ -285,7 +314,5 @@ class Daemon:
     def _end_all(self) -> None:
         """End all processes of this centre, the proxy first, whichever daemon started them."""
         stop_proxy(self._centre)
-        end_all(owned(self._centre.folder))
-        for process in self._processes.values():
-            process.wait()
+        end_owned(self._centre.folder, self._processes.values())
         self._processes = {}

@@ -8,11 +8,12 @@ import json
 import secrets
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
-from server.centre import Centre, CentreError
+from server.centre import Centre, CentreError, read_centre
 from server.files import replace_text
-from shared.enrol import Invitation, Request, check_request, key_fingerprint
-from shared.site import is_site_name
+from shared.config import is_name
+from shared.enrol import Invitation, Request, check_request, key_fingerprint, write_letter
 
 INVITATION_DAYS = 14
 
@@ -46,12 +47,12 @@ class KnownSite:
 
 
 def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation:
-    """Invite a hospital; a second invitation replaces the first.
+    """Invite a hospital, by a file at `invitation_path`; a second invitation replaces the first.
 
     Raises:
       CentreError: the name cannot be one, or is registered.
     """
-    if not is_site_name(site):
+    if not is_name(site):
         raise CentreError(f"site name {site!r}, expected up to 64 letters, digits, '-', '_' or '.'")
     known = read_sites(centre).get(site)
     if known is not None and known.status == "registered":
@@ -61,14 +62,23 @@ def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation
     token, expires = secrets.token_urlsafe(24), datetime.now(UTC) + timedelta(days=days)
     until = expires.isoformat(timespec="seconds")
     revoked = () if known is None else tuple(key for key in (*known.revoked_keys, known.public_key) if key)
-    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
-    return Invitation(
+    invitation = Invitation(
         site=site,
         address=f"{centre.host}:{centre.port}",
         authority=centre.authority.certificate.read_text(),
         token=token,
         expires=until,
     )
+    write_letter(
+        invitation_path(centre, site), invitation
+    )  # first: where it cannot be written, the one before stays good
+    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
+    return invitation
+
+
+def invitation_path(centre: Centre, site: str) -> Path:
+    """Where a hospital's last invitation is."""
+    return centre.folder / "invitations" / f"{site}.json"
 
 
 def register(centre: Centre, request: Request) -> KnownSite:
@@ -114,6 +124,8 @@ def revoke(centre: Centre, site: str) -> KnownSite:
     known = read_sites(centre).get(site)
     if known is None:
         raise CentreError(f"site {site!r} is not known; 'hemafed-server sites' lists who is")
+    if known.status == "revoked":
+        raise CentreError(f"site {site!r} is revoked since {known.since} already")
     gone = replace(known, status="revoked", since=_now(), token_hash="", expires="")
     _write_site(centre, gone)
     return gone
@@ -142,6 +154,13 @@ def read_nodes(centre: Centre) -> dict[str, str]:
     """Site -> number of its node in the running SuperLink; empty before it runs."""
     path = centre.state / "nodes.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def registered_nodes(folder: Path) -> dict[int, str]:
+    """Number of a node -> the site that it was registered as, for a run; empty where `folder` is no centre, as in a simulation."""
+    if not (folder / "centre.toml").is_file():
+        return {}
+    return {int(number): site for site, number in read_nodes(read_centre(folder)).items()}
 
 
 def write_nodes(centre: Centre, nodes: dict[str, str]) -> None:

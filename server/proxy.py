@@ -8,13 +8,16 @@ known by their keys: Flower checks a signature on each call. Nodes that would re
 
 from __future__ import annotations
 
+import errno
 import shutil
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from server.centre import Centre, CentreError
+from shared.processes import end_all
 
 # flwr/supernode/fleet_http_client.py, without register-node and unregister-node: `hemafed-server register` does that.
 FLEET_CALLS = (
@@ -109,10 +112,48 @@ def find_nginx() -> str:
 
 
 def stop_proxy(centre: Centre) -> None:
-    """End the centre's nginx, whoever started it; it hides the environment that other processes are known by."""
-    pid_file = centre.state / "nginx.pid"
-    with suppress(OSError, ValueError, psutil.Error):
-        process = psutil.Process(int(pid_file.read_text()))
-        if process.name() == "nginx":
-            process.terminate()
-            process.wait(10)
+    """End the centre's nginx, whoever started it.
+
+    It hides the environment that other processes are known by, but not the folder that it works in; a worker whose master
+    was killed would keep the port for ever.
+    """
+    place, found = centre.flower.resolve(), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name() == "nginx" and Path(process.cwd()) == place:
+                found.append(process)
+    end_all(found)
+
+
+def check_port_is_free(listen: str, port: int, key: str) -> None:
+    """Refuse a port that cannot be listened on; nginx would try for ever, and hospitals would meet whoever has it.
+
+    Raises:
+      CentreError: names the port, its key in centre.toml and the next step.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((listen, port))
+        except PermissionError as error:
+            raise CentreError(
+                f"port {port} ({key} in centre.toml) is below 1024 and needs a right: start the centre by its systemd unit, which "
+                "grants it, or choose another port"
+            ) from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise CentreError(f"{listen}:{port} ({key} in centre.toml) cannot be used: {error.strerror}") from error
+            raise CentreError(
+                f"port {port} ({key} in centre.toml) is taken by another program; \"ss -ltnp 'sport = :{port}'\" shows which: end "
+                f"it, or change {key}"
+            ) from error
+
+
+def is_listening(centre: Centre) -> bool:
+    """Whether somebody accepts connections at the public port."""
+    host = "127.0.0.1" if centre.listen == "0.0.0.0" else centre.listen
+    try:
+        with socket.create_connection((host, centre.port), timeout=1):
+            return True
+    except OSError:
+        return False

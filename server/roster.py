@@ -16,8 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.runs import write_status
-from shared.config import FederationSettings
-from shared.site import is_site_name
+from shared.config import FederationSettings, is_name
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
@@ -100,7 +99,7 @@ class Late:
 
 @dataclass
 class Roster:
-    """Who is known, who was turned away and why, and who is still busy with an earlier round; grows as nodes come."""
+    """Who is known, who was turned away, with its name and why, and who is busy with an earlier round; grows as nodes come."""
 
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
@@ -132,16 +131,19 @@ class Session:
       settings: the run config's federation section.
       run: the run's folder, where it is said how it stands.
       roster: who is known; changes.
+      registered: node -> the site that the centre registered it as; of none in a simulation, whose nodes have no keys.
     """
 
     grid: Grid
     settings: FederationSettings
     run: Path
     roster: Roster = field(default_factory=Roster)
+    registered: Callable[[], Mapping[int, str]] = dict
 
 
-def greet(grid: Grid, roster: Roster) -> None:
+def greet(session: Session) -> None:
     """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals."""
+    grid, roster, registered = session.grid, session.roster, session.registered()
     known = {m.node_id for m in roster.members.values()}
     new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused and n not in roster.silent]
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
@@ -149,16 +151,22 @@ def greet(grid: Grid, roster: Roster) -> None:
         node_id = int(name)
         if reply is None:
             roster.silent.add(node_id)  # not waited for again: each time would cost the round a minute
-            print(f"  node {node_id} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out", flush=True)
+            who = registered.get(node_id, f"node {node_id}")
+            print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out", flush=True)
             continue
         try:
             member = _read_hello(node_id, reply)
+            if registered and registered.get(node_id) != member.site:
+                raise UpdateError(
+                    f"says that it is site {member.site!r}, and is registered as {registered.get(node_id, 'none')!r}; 'site' in its "
+                    "site.yaml must be the name that was invited"
+                )
             other = roster.members.get(member.site)
             if other is not None and other.node_id in set(grid.get_node_ids()):
                 raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
         except UpdateError as error:
-            roster.refused[node_id] = str(error)
-            print(f"  node {node_id} is left out: {error}", flush=True)
+            roster.refused[node_id] = f"{registered.get(node_id, f'node {node_id}')}: {error}"
+            print(f"  left out: {roster.refused[node_id]}", flush=True)
             continue
         roster.members[member.site] = member
 
@@ -169,7 +177,7 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     site, role, weight = facts.get("site"), facts.get("role"), facts.get("weight")
     if facts.get("protocol") != PROTOCOL_VERSION:
         raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
-    if not is_site_name(site) or not isinstance(role, str) or not isinstance(weight, float):
+    if not is_name(site) or not isinstance(role, str) or not isinstance(weight, float):
         raise UpdateError("an answer to 'hello' without a proper site name, role and weight")
     if not 0 < weight <= 1e6:
         raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
@@ -189,7 +197,7 @@ def gather(session: Session) -> list[Member]:
     began = told = time.monotonic()
     roster.refused.clear()  # who was turned away may have mended the cause since the last round
     while True:
-        greet(grid, roster)
+        greet(session)
         roster.fetch_late()
         ready = roster.training(set(grid.get_node_ids()))
         if len(ready) >= settings.quorum:
@@ -205,7 +213,7 @@ def gather(session: Session) -> list[Member]:
             write_status(session.run, "waiting", what=what)
             print(f"waiting for {what}", flush=True)
         time.sleep(1.0)
-    reasons = "".join(f"\n  node {node}: {why}" for node, why in roster.refused.items())
+    reasons = "".join(f"\n  {why}" for why in roster.refused.values())
     raise QuorumError(
         f"{len(ready)} training hospitals are connected ({here}), federation.quorum is {settings.quorum}, and nobody came for "
         f"{settings.wait_s:g} s (federation.wait_s); start more, or lower federation.quorum{busy}{reasons}"

@@ -20,10 +20,11 @@ import numpy as np
 import tomli_w
 
 from server.files import replace_text
-from shared.config import ConfigError, RunConfig, parse_config
+from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
 
 DISK_PAUSE_S = 15.0
+_PATIENCE = ("federation.wait_s", "federation.round_deadline_s")
 
 
 class RunError(ValueError):
@@ -38,16 +39,8 @@ def open_run(config: RunConfig) -> Path:
     """
     root = Path(config.run.folder).absolute()
     name = config.run.id or new_run_name(config)
+    check_run(root, name, config)
     run = root / name
-    if config.run.resume:
-        if not (run / "config.toml").is_file():
-            raise RunError(f"no run {name!r} in {root} to resume; check run.id and run.folder")
-        if read_config(run).hash() != config.hash():
-            raise RunError(
-                f"run {name!r} was made with another config; resume it with the keys of {run / 'config.toml'}"
-            )
-    elif run.exists():
-        raise RunError(f"run {name!r} exists in {root}; choose another run.id, or continue it with run.resume = true")
     (run / "checkpoint").mkdir(parents=True, exist_ok=True)
     replace_text(run / "config.toml", tomli_w.dumps(asdict(config)))
     link = root / f".latest-{os.getpid()}"
@@ -55,6 +48,43 @@ def open_run(config: RunConfig) -> Path:
     link.symlink_to(name)
     os.replace(link, root / "latest")
     return run
+
+
+def check_run(root: Path, name: str, config: RunConfig) -> None:
+    """That a new run's folder is free, or the one to resume is there and was made with the same config.
+
+    Raises:
+      RunError: it is not so.
+    """
+    run = root / name
+    if not config.run.resume:
+        if run.exists():
+            raise RunError(
+                f"run {name!r} exists in {root}; choose another run.id, or continue it with run.resume = true"
+            )
+        return
+    if not (run / "config.toml").is_file():
+        there = ", ".join(
+            sorted(path.parent.name for path in root.glob("[!.]*/config.toml") if not path.parent.is_symlink())
+        )
+        raise RunError(
+            f"no run {config.run.id!r} in {root} to resume; run.id must be one of: {there or 'there is none'}"
+        )
+    if changed := changed_keys(read_config(run), config):
+        raise RunError(
+            f"run {name!r} was made with another config: {', '.join(changed)}; resume it with its own: --preset "
+            f"{run / 'config.toml'} --set run.resume=true"
+        )
+
+
+def changed_keys(made: RunConfig, given: RunConfig) -> list[str]:
+    """Which keys differ, and how; those aside that no result depends on, and those that say how long hospitals are waited for."""
+    before, now = made.flat(), given.flat()
+    return [
+        f"{key} was {before[key]!r}, is {now[key]!r}"
+        for key in before
+        if before[key] != now[key] and key not in (*PLACES, *_PATIENCE)
+    ]
 
 
 def read_keys(preset: Path | None, keys: list[str]) -> dict[str, dict]:
@@ -77,7 +107,10 @@ def read_keys(preset: Path | None, keys: list[str]) -> dict[str, dict]:
         try:
             part = tomllib.loads(key)
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--set {key!r} is not TOML ({error}); expected such as --set train.batch=8") from error
+            raise ConfigError(
+                f"--set {key!r} is not TOML ({error}); expected one key such as --set train.batch=8, a text in quotes of its own that the "
+                "shell leaves alone: --set run.id=\"'pilot'\""
+            ) from error
         _check_sections(part, f"--set {key!r}")
         for section, values in part.items():
             config[section] = config.get(section, {}) | values

@@ -16,7 +16,7 @@ from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.flower import flwr
 from server.members import read_nodes, read_sites
 from server.runs import read_rounds, read_status
-from server.wanted import TERMINAL, Wanted, is_running, read_wanted
+from server.wanted import TERMINAL, Wanted, is_running, read_trouble, read_wanted
 from shared.units import unit_text
 
 FOLLOW_S = 1.0
@@ -56,6 +56,8 @@ def status_lines(centre: Centre) -> Iterator[str]:
     """The whole state, a sentence a line."""
     running = is_running(centre)
     yield f"centre {centre.host}:{centre.port} is {'running' if running else 'not running'} ({centre.folder})"
+    if running and (trouble := read_trouble(centre)):
+        yield f"  it serves nobody: {trouble}"
     yield from expiry_warnings(centre)
     free_gb = shutil.disk_usage(centre.folder).free / 1e9
     if free_gb < LEAST_FREE_GB:

@@ -63,6 +63,24 @@ def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
     write_wanted(centre, Wanted(name, config))
 
 
+def write_trouble(centre: Centre, text: str) -> None:
+    """Say in state/trouble.txt why the centre does not serve; nothing is the end of the trouble."""
+    path = centre.state / "trouble.txt"
+    try:
+        if text:
+            replace_text(path, text + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # a full disk may be the trouble
+        print(f"{path} cannot be written ({error.strerror}): {text}", flush=True)
+
+
+def read_trouble(centre: Centre) -> str:
+    """Why the centre does not serve; empty if it does."""
+    path = centre.state / "trouble.txt"
+    return path.read_text().strip() if path.is_file() else ""
+
+
 def lock_path(centre: Centre) -> Path:
     """The file that a running daemon of this centre holds."""
     return centre.state / "lock"

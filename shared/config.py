@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Scalar = bool | int | float | str
+PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
 
 
 class ConfigError(ValueError):
@@ -222,9 +224,13 @@ class RunConfig:
 
     def hash(self) -> str:
         """12 hexadecimal digits of what decides the result: all but names and places of folders."""
-        places = {"run.id", "run.folder", "run.resume", "simulation.hospitals"}
-        decisive = {key: value for key, value in self.flat().items() if key not in places}
+        decisive = {key: value for key, value in self.flat().items() if key not in PLACES}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def is_name(text: object) -> bool:
+    """Whether a text can be a site's or a run's name, and so a file name."""
+    return isinstance(text, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) is not None
 
 
 def parse_config(flat: dict[str, Any]) -> RunConfig:
@@ -252,6 +258,10 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
         for section in fields(RunConfig)
     }
     config = RunConfig(**sections)
+    if config.run.id == "latest" or not (config.run.id == "" or is_name(config.run.id)):
+        raise ConfigError(
+            f"run.id is {config.run.id!r}; expected up to 64 letters, digits, '-', '_' or '.', a name of a folder, and not 'latest'"
+        )
     config.model.windows()
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,12 +48,13 @@ def hold(path: Path, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock."""
-    try:
-        with hold(path, wait_s=0.0):
-            return False
-    except HeldError:
-        return True
+    """Whether a process holds the lock; a look makes no file, which would be of whoever looked."""
+    with suppress(FileNotFoundError), open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def is_alive(pid: int) -> bool:
@@ -79,6 +81,20 @@ def _is_owned(process: psutil.Process, owner: Path) -> bool:
         return process.environ().get(OWNER) == str(owner)
     except psutil.AccessDenied:
         return any(Path(argument).is_relative_to(owner) for argument in process.cmdline())
+
+
+def end_owned(owner: Path, children: Iterable[subprocess.Popen] = ()) -> None:
+    """End what a daemon of this folder started, also where the daemon is gone.
+
+    Args:
+      owner: the folder.
+      children: of this daemon; in the moment of its start a process has no mark yet.
+    """
+    children = list(children)
+    own = {psutil.Process(child.pid) for child in children if child.poll() is None}
+    end_all([*own.union(owned(owner))])
+    for child in children:
+        child.wait(END_TIMEOUT_S)
 
 
 def end_all(processes: list[psutil.Process], timeout_s: float = END_TIMEOUT_S) -> None:

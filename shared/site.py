@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from shared.config import RunConfig, Scalar
+from shared.config import RunConfig, Scalar, is_name
 
 ROLES = ("train", "held-out", "development")
 TENSOR_GROUPS = ("encoder", "cls", "seg", "rec")
@@ -219,15 +219,10 @@ def _typed(path: Path, key: str, value: Any, expected: type | tuple[type, ...]) 
     return value
 
 
-def is_site_name(name: object) -> bool:
-    """Whether a text can be a site's public name, and so a file name."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
-
-
 def _name(path: Path, value: Any) -> str:
     """A site's public name: it stands in messages, tables and file names."""
     name = _typed(path, "site", value, str)
-    if not is_site_name(name):
+    if not is_name(name):
         raise SiteError(f"{path}: site is {name!r}, expected up to 64 letters, digits, '-', '_' or '.'")
     return name
 

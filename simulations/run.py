@@ -35,7 +35,12 @@ from simulations.tables import state, write_tables
 from simulations.training import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Synthetic hospitals and studies on them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Synthetic hospitals and studies on them.",
+)
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are written")]

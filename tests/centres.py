@@ -14,23 +14,22 @@ from pathlib import Path
 from client.enrol import init_site
 from server.authority import Pair
 from server.centre import Centre, init_centre
-from server.members import invite, register
-from shared.enrol import Request, read_letter, write_letter
+from server.members import invitation_path, invite, register
+from shared.enrol import Request, read_letter
 from tests.small_sites import make_site
 
 Answer = Callable[[socket.socket], None]  # what a server does with one connection
 
 
-def make_centre(folder: Path, port: int = 443, loopback_port: int = 8443) -> Centre:
+def make_centre(folder: Path, port: int = 443, loopback_port: int = 9443) -> Centre:
     centre = Centre(folder.absolute(), "localhost", port, loopback_port=loopback_port)
     init_centre(centre)
     return centre
 
 
 def invitation_file(centre: Centre, name: str, days: int = 14) -> Path:
-    path = centre.folder / "invitations" / f"{name}.json"
-    write_letter(path, invite(centre, name, days))
-    return path
+    invite(centre, name, days)
+    return invitation_path(centre, name)
 
 
 def enrol(centre: Centre, root: Path, name: str = "hospital-01") -> Path:

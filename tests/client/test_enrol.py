@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 
 from client.enrol import Centre, init_site, read_known_centre, read_node_key
 from server.centre import Centre as Coordinator
-from server.centre import read_sites, register, revoke
+from server.members import read_sites, register, revoke
 from shared.enrol import (
     EnrolError,
     Invitation,
@@ -190,6 +191,40 @@ def test_a_command_that_failed_can_be_run_again(invitation: Path, site_yaml: Pat
     assert request.public_key == public_text(read_node_key(known).public_key())
 
 
+def test_a_request_does_not_take_the_place_of_another_sites(
+    coordinator: Coordinator, known: Centre, tmp_path: Path
+) -> None:
+    before = (tmp_path / "request.json").read_bytes()
+    other = tmp_path / "other" / "site.yaml"
+    with pytest.raises(EnrolError, match=rf"request\.json is the request of site '{SITE}'; .* --request FILE"):
+        init_site(invitation_file(coordinator, "hospital-02"), other, tmp_path / "request.json")
+    assert (tmp_path / "request.json").read_bytes() == before
+    assert not (other.parent / "state" / "centre").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda letter: letter | {"authority": letter["authority"].replace("M", "!", 1)},
+        lambda letter: letter | {"address": "a"},
+    ],
+    ids=["authority", "address"],
+)
+def test_an_invitation_that_was_damaged_on_its_way_is_refused_before_a_key_is_made(
+    invitation: Path, site_yaml: Path, tmp_path: Path, damage: Callable[[dict], dict]
+) -> None:
+    invitation.write_text(json.dumps(damage(json.loads(invitation.read_text()))))
+    with pytest.raises(EnrolError, match="was damaged on its way: its address or authority cannot be read"):
+        init_site(invitation, site_yaml, tmp_path / "request.json")
+    assert not (site_yaml.parent / "state" / "centre").exists()
+
+
+def test_a_site_that_was_given_another_name_since_is_told_so(known: Centre, site_yaml: Path) -> None:
+    site_yaml.write_text(site_yaml.read_text().replace(SITE, "hospital-02"))
+    with pytest.raises(EnrolError, match=f"was invited as '{SITE}', and site.yaml names it 'hospital-02'"):
+        read_known_centre(read_site(site_yaml))
+
+
 def test_a_hospital_that_moves_its_old_key_away_can_come_back(
     coordinator: Coordinator, known: Centre, site_yaml: Path, tmp_path: Path
 ) -> None:
@@ -265,17 +300,21 @@ def test_a_site_that_answered_no_invitation_knows_no_centre(site_yaml: Path) -> 
         "{",
         "[]",
         "{}",
-        '{"address": "localhost"}',
-        '{"address": "localhost:"}',
-        '{"address": ":443"}',
-        '{"address": "localhost:https"}',
-        '{"address": "localhost:0"}',
-        '{"address": "localhost:65536"}',
+        '{"site": "hospital-01", "address": "localhost"}',
+        '{"site": "hospital-01", "address": "localhost:"}',
+        '{"site": "hospital-01", "address": ":443"}',
+        '{"site": "hospital-01", "address": "localhost:https"}',
+        '{"site": "hospital-01", "address": "localhost:0"}',
+        '{"site": "hospital-01", "address": "localhost:65536"}',
+        '{"address": "localhost:443"}',
     ],
 )
 def test_a_damaged_address_of_the_centre_is_named(known: Centre, site_yaml: Path, content: str) -> None:
     (known.folder / "centre.json").write_text(content)
-    with pytest.raises(EnrolError, match=r"centre\.json is damaged .*; restore it from a backup, or answer a new"):
+    with pytest.raises(
+        EnrolError,
+        match=r"centre\.json is damaged .*; expected the centre's address as host:port, and site; restore it from a backup",
+    ):
         read_known_centre(read_site(site_yaml))
 
 

@@ -40,7 +40,7 @@ def site(centre: Centre, tmp_path: Path, with_data: Site) -> Site:
 
 def towards(site: Site, port: int, host: str = "localhost") -> Site:
     """The same site, whose centre is at another address."""
-    (site.state / "centre" / "centre.json").write_text(json.dumps({"address": f"{host}:{port}"}))
+    (site.state / "centre" / "centre.json").write_text(json.dumps({"address": f"{host}:{port}", "site": site.name}))
     return site
 
 

@@ -37,7 +37,7 @@ def running(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         made.wait_serving()
         with Relay(made.centre.port) as line:
             known = made.state("hospital-02") / "centre" / "centre.json"
-            known.write_text(json.dumps({"address": f"localhost:{line.port}"}))
+            known.write_text(json.dumps({"address": f"localhost:{line.port}", "site": "hospital-02"}))
             for name in NAMES[:2]:
                 made.start(name)
             made.wait_online(NAMES[:2])

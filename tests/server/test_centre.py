@@ -71,8 +71,12 @@ def test_a_damaged_config_is_named(centre: Centre, content: bytes) -> None:
         ({"loopback_port": 65536}, "loopback_port is 65536"),
         ({"port": "443"}, "port is '443'"),
         ({"port": True}, "port is True"),
-        ({"host": ""}, "host is '', expected a name or an address"),
-        ({"listen": "0.0.0.0; deny all"}, "listen is '0.0.0.0; deny all'"),
+        ({"host": ""}, "host is '', expected a DNS name or an IPv4 address alone"),
+        ({"host": "fed.example.org:443"}, "host is 'fed.example.org:443', expected"),
+        ({"host": "https://fed.example.org"}, "host is 'https://fed.example.org', expected"),
+        ({"host": "::1"}, "host is '::1', expected"),
+        ({"listen": "0.0.0.0; deny all"}, "listen is '0.0.0.0; deny all', expected an IPv4 address"),
+        ({"listen": "300.1.1.1"}, "listen is '300.1.1.1', expected"),
     ],
 )
 def test_what_could_not_be_served_is_refused_when_made_and_when_read(

@@ -275,6 +275,22 @@ def test_a_second_node_of_the_same_name_is_left_out(two: SmallHospitals) -> None
     assert "one node per site" in session.roster.refused[2]
 
 
+def test_a_node_is_the_site_that_its_key_was_registered_for(two: SmallHospitals) -> None:
+    """Not the one that it says: another hospital would be pushed out, and this one counted as it."""
+    grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
+    registered = {1: "hospital-09", 2: "hospital-02"}
+    session = Session(grid, FederationSettings(quorum=1), two.root, registered=lambda: registered)
+    assert [m.site for m in gather(session)] == ["hospital-02"]
+    assert session.roster.refused[1] == (
+        "hospital-09: says that it is site 'hospital-01', and is registered as 'hospital-09'; 'site' in its site.yaml must be the "
+        "name that was invited"
+    )
+    del registered[2]
+    session.roster.members.clear()
+    with pytest.raises(QuorumError, match=r"node 2: says that it is site 'hospital-02', and is registered as 'none'"):
+        gather(replace(session, settings=FederationSettings(quorum=1, wait_s=0.0)))
+
+
 def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: SmallHospitals) -> None:
     (two.site("hospital-02").cache / "cache.json").unlink()
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())

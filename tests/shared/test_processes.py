@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shared.processes import OWNER, HeldError, end_all, flower_environment, hold, is_held, owned
+from shared.processes import OWNER, HeldError, end_all, end_owned, flower_environment, hold, is_held, owned
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -225,3 +225,25 @@ def test_a_process_that_hides_its_environment_is_known_by_its_arguments(tmp_path
             process.wait()
             process.stdout.close()
     assert seen.strip() == f"[{started[0].pid}]"
+
+
+def test_a_child_without_a_mark_is_ended_too(tmp_path: Path) -> None:
+    """As every child is in the moment of its start; waiting for it would never end."""
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        end_owned(tmp_path, [child])
+        assert not lives(child.pid)
+    finally:
+        child.kill()
+
+
+def test_children_that_have_ended_already_are_no_reason_to_wait(tmp_path: Path) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    end_owned(tmp_path, [child])
+    assert child.returncode == 0
+
+
+def test_a_look_at_a_lock_makes_no_file(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "state" / "lock")
+    assert list(tmp_path.iterdir()) == []

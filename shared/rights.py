@@ -1,0 +1,33 @@
+"""What to say where the system does not let a command at a file."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+
+def not_permitted(path: Path) -> str:
+    """Whose a file is, who asked, and the next step; of one that is not there, of the folder that it would be in."""
+    owner, me = _name(_nearest(path).stat().st_uid), _name(os.geteuid())
+    told = f"may not be used by {me}, who runs this command: it belongs to {owner}"
+    return told if owner == me else f"{told}; run the command as {owner}, or give {me} the right (chown, chmod)"
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first folder above it that can be looked at."""
+    for place in (path, *path.absolute().parents):
+        try:
+            place.stat()
+        except OSError:
+            continue
+        return place
+    return Path("/")
+
+
+def _name(number: int) -> str:
+    """Of a user; the number where there is no name."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
