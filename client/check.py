@@ -13,6 +13,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from client.dicom import Fault
 from client.hounsfield import BINS
 from client.labels import LabelError, splits_of
 from client.reading import Part
-from client.scan import walk
+from client.scan import denied_text, walk
 from client.series import Choice, CtSeries, describe, sharpness
 from client.survey import Progress, Survey, read_parts, survey
 from shared.site import Site
@@ -113,8 +114,11 @@ def with_key(site: Site) -> Site:
         for place, folders, files in os.walk(root):
             folders.sort()
             for name in sorted(files):
-                stat = os.lstat(os.path.join(place, name))
-                digest.update(f"{place}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                stamp = ""
+                with suppress(OSError):  # in a folder that may only be listed
+                    stat = os.lstat(os.path.join(place, name))
+                    stamp = f" {stat.st_size} {stat.st_mtime_ns}"
+                digest.update(f"{place}/{name}{stamp}\n".encode())
     return replace(site, lent_key=digest.digest())
 
 
@@ -190,6 +194,7 @@ def _conclude(
     faults = (*found.faults, *(fault for part in parts for fault in part.faults))
     problems = (
         *trouble,
+        *filter(None, [denied_text(faults)]),
         *_unusable(site, used, found),
         *_unmatched(faults, site),
         *_leaks(used, series, splits),

@@ -21,7 +21,7 @@ from client.crew import Crew
 from client.dicom import Fault, pseudonym
 from client.labels import SPLIT_SHARES, LabelError, splits_of, table_digest
 from client.records import append_records, read_records, write_records
-from client.scan import READER_VERSION, FoundFile, manifest_of, walk
+from client.scan import READER_VERSION, FoundFile, denied_text, manifest_of, walk
 from client.store import (
     HEAD,
     RECORDS,
@@ -119,7 +119,7 @@ def _write(site: Site, files: list[FoundFile], manifest: str, crew: Crew, progre
     if not found.jobs:
         raise IngestError(
             f"site {site.name!r}: no usable CT series in {site.images} ({len(files)} files{_reasons(found.faults)}); "
-            "point data.images at a folder with axial CT in DICOM"
+            + (denied_text(found.faults) or "point data.images at a folder with axial CT in DICOM")
         )
     with partial:
         read = _fill(site, partial, found, crew, progress)

@@ -62,7 +62,9 @@ def _data(site: Site) -> Finding:
     rows = len(cache.rows(split)) if site.role == "train" else len(cache.label)
     if rows < 2:
         return Finding(
-            "data", False, f"{rows} slices to {split} on; run 'hemafed-client check' and see what was left out"
+            "data",
+            False,
+            f"{rows} slices to {split} on; run 'hemafed-client check' and see what was left out",
         )
     return Finding("data", True, f"{rows} slices to {split} on")
 
@@ -142,9 +144,7 @@ def _unreachable_text(centre: Centre, error: Exception) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"{centre.address} refuses connections: the centre is down, or the port is another; ask the centre"
     if isinstance(error, TimeoutError):
-        return (
-            f"{centre.address} does not answer within 10 s: ask the hospital's firewall for outgoing TCP to that port"
-        )
+        return f"{centre.address} does not answer within 10 s: ask your IT whether the firewall lets outgoing TCP to that port through"
     if isinstance(error, ssl.SSLError):
         return f"{centre.address} does not speak TLS ({error.reason}): another service is there; check the port with the centre"
     return f"{centre.address} cannot be reached ({type(error).__name__}: {error}); check network and firewall"

@@ -136,6 +136,17 @@ def _refusal(one: os.DirEntry) -> str:
     return "" if os.access(one.path, os.R_OK) else "cannot be opened (Permission denied)"
 
 
+def denied_text(faults: Iterable[Fault]) -> str:
+    """What to say of files and folders that the system does not let this user open; empty if there are none."""
+    which = [fault.what for fault in faults if fault.reason.endswith("cannot be opened (Permission denied)")]
+    if not which:
+        return ""
+    return (
+        f"{len(which)} files or folders cannot be opened (Permission denied; first, {which[0]}), so their patients are missing: give "
+        "the user who runs this the right to read them; 'hemafed-client find' tells which they are"
+    )
+
+
 def manifest_of(files: Iterable[FoundFile]) -> str:
     """Hash of what a walk found: which files, their sizes and times."""
     digest = hashlib.sha256()

@@ -24,6 +24,7 @@ import tomli_w
 from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, make_authority, write_private
 
 _NOT_IN_FOLDER = '"$\\\n'
+_KEYS = {"host", "port", "listen", "loopback_port"}
 CONNECTION = "centre"  # the name of the centre's SuperLink in Flower's own config
 
 
@@ -136,10 +137,13 @@ def read_centre(folder: Path) -> Centre:
             f"{folder} is no centre: it has no centre.toml; 'hemafed-server init {folder} --host NAME' makes one"
         )
     try:
-        centre = Centre(folder=folder.absolute(), **tomllib.loads(path.read_text()))
+        values = tomllib.loads(path.read_text())
+        if unknown := values.keys() - _KEYS:
+            raise CentreError(f"unknown key {sorted(unknown)[0]!r}")
+        centre = Centre(folder=folder.absolute(), **values)
         _check(centre)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, CentreError) as error:
-        raise CentreError(f"{path}: {error}; expected host, port, listen, loopback_port") from error
+        raise CentreError(f"{path}: {error}; expected {', '.join(sorted(_KEYS))}") from error
     return centre
 
 

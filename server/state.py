@@ -49,7 +49,8 @@ def _online_text(node: dict) -> str:
     """Whether a node is online, and since when; or when it was last."""
     if node.get("status") == "online":
         return f"since {node['online-at']}"
-    return f"no, last seen {node['offline-at']}" if node.get("offline-at") else "no"
+    known = node.get("offline-at", "N/A") != "N/A"  # since the centre started
+    return f"no, last seen {node['offline-at']}" if known else "no"
 
 
 def status_lines(centre: Centre) -> Iterator[str]:

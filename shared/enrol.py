@@ -85,7 +85,9 @@ def read_letter(path: Path, kind: type[Letter]) -> Letter:
     """
     what = kind.__name__.lower()
     if not path.is_file():
-        raise EnrolError(f"no {what} {path}; give the file that {_maker(kind)} wrote")
+        raise EnrolError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}; give the file that {_maker(kind)} wrote"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

@@ -320,11 +320,17 @@ def test_what_may_not_be_opened_is_told_and_noticed_once_it_may(tmp_path: Path) 
     for path, mode in zip(locked, (0o000, 0o000, 0o444), strict=True):
         path.chmod(mode)
     command = [*prefix, *CLIENT, "ingest", str(file), "--workers", "1"]
+    look = [*prefix, *CLIENT, "check", str(file), "--workers", "1"]
     try:
+        seen = subprocess.run(look, cwd=ROOT, capture_output=True, text=True)
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     finally:
         for path in reversed(locked):
             path.chmod(0o755)
+    assert seen.returncode == 1, seen.stdout + seen.stderr
+    problem = "problem: 4 files or folders cannot be opened (Permission denied; first, file "
+    assert problem in " ".join(seen.stdout.split())
+    assert "so their patients are missing: give the user who runs this the right" in " ".join(seen.stdout.split())
     assert result.returncode == 0, result.stdout + result.stderr
     text = " ".join(result.stdout.split())
     assert "test-site: 2 patients, 2 series, 3 slices" in text
