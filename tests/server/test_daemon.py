@@ -1,0 +1,81 @@
+"""A centre that cannot serve says why, tries again, and ends when it is told to. What it serves is in tests/federation."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.centre import Centre, CentreError, init_centre
+from server.daemon import Daemon
+from server.proxy import find_nginx, is_listening
+from server.state import status_lines
+from server.wanted import read_trouble
+from shared.processes import owned
+from simulations.federation import free_ports
+
+
+@pytest.fixture
+def centre(tmp_path: Path) -> Centre:
+    try:
+        find_nginx()
+    except CentreError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    port, loopback_port = free_ports(2)
+    made = Centre(tmp_path / "centre", "localhost", port, "127.0.0.1", loopback_port)
+    init_centre(made)
+    return made
+
+
+@contextmanager
+def running(centre: Centre) -> Iterator[list[str]]:
+    """A daemon that is told to stop at the end of the block, and then ends; what it says."""
+    said: list[str] = []
+    daemon = Daemon(centre, said.append)
+    thread = threading.Thread(target=daemon.run)
+    thread.start()
+    try:
+        yield said
+    finally:
+        daemon.stop()
+        thread.join(60)
+    assert not thread.is_alive()
+    assert owned(centre.folder) == []
+
+
+def wait_for(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("key", ["loopback_port", "port"])
+def test_a_port_that_is_taken_is_said_and_the_centre_serves_once_it_is_free(centre: Centre, key: str) -> None:
+    holder = socket.create_server(("127.0.0.1", getattr(centre, key)))
+    with running(centre) as said:
+        wait_for(lambda: read_trouble(centre))
+        told = f"port {getattr(centre, key)} ({key} in centre.toml) is taken by another program"
+        assert told in read_trouble(centre)
+        assert any("  it serves nobody: " + told in line for line in status_lines(centre))
+        assert not any("serving" in line for line in said)
+        holder.close()
+        wait_for(lambda: is_listening(centre))
+        wait_for(lambda: not read_trouble(centre))
+    assert not is_listening(centre)
+
+
+def test_a_damaged_file_of_a_site_is_said_and_the_daemon_still_ends(centre: Centre) -> None:
+    """It is read when Flower's processes have just begun; they are ended all the same."""
+    (centre.folder / "sites" / "hospital-01.json").write_text("{")
+    with running(centre):
+        wait_for(lambda: "hospital-01.json is damaged" in read_trouble(centre))
+    assert read_trouble(centre) == ""
