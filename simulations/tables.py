@@ -52,21 +52,28 @@ def read_result(experiment: Experiment, arm: str) -> Result | None:
 
 def _rows(scores: dict, group: str, metric: str, seed: int) -> Rows:
     """A metric with its bootstrap samples, from one seed's stored scores."""
-    tally = merge_tallies([_tally(json.dumps(s), name, seed) for name, s in sorted(scores[group].items())])
-    if metric == "auc":
-        return auc(tally.counts)
-    if metric == "dice":
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return tally.dice_sum / tally.dice_slices
-    validation = merge_tallies([_tally(json.dumps(s), name, seed) for name, s in sorted(scores["val"].items())])
-    return f1(tally.counts, best_threshold(validation.counts[0]))
+    return _metrics(json.dumps(scores[group], sort_keys=True), json.dumps(scores.get("val"), sort_keys=True), seed)[
+        metric
+    ]
 
 
-@cache
-def _tally(content: str, name: str, seed: int) -> Tally:
-    """Counts of one hospital; the same draws of patients for every arm."""
-    rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
-    return tally_scores(scores_from_json(json.loads(content)), REPLICATES, rng)
+@cache  # of metrics: tallies of all results would take 16 MB a hospital
+def _metrics(content: str, validation: str, seed: int) -> dict[str, Rows]:
+    """Metrics of a group of hospitals, each with its bootstrap samples; F1 at the threshold that validation chooses."""
+    tally = _tally(content, seed, REPLICATES)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        metrics = {"auc": auc(tally.counts), "dice": tally.dice_sum / tally.dice_slices}
+    if validation != "null":
+        metrics["f1"] = f1(tally.counts, best_threshold(_tally(validation, seed, 0).counts[0]))
+    return metrics
+
+
+def _tally(content: str, seed: int, replicates: int) -> Tally:
+    """Counts of hospitals together; the same draws of each one's patients for every arm."""
+    return merge_tallies(
+        tally_scores(scores_from_json(one), replicates, np.random.default_rng([zlib.crc32(name.encode()), seed]))
+        for name, one in json.loads(content).items()
+    )
 
 
 def text(rows: Rows, signed: bool = False, digits: int = 3) -> str:
