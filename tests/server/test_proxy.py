@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from server.centre import Centre, CentreError, init_centre
@@ -40,10 +39,8 @@ def nginx(centre: Centre) -> Iterator[subprocess.Popen]:
         wait_until(lambda: is_listening(centre))
         yield process
     finally:
-        for worker in psutil.Process(process.pid).children() if process.poll() is None else []:
-            worker.kill()
-        process.kill()
-        process.wait()
+        stop_proxy(centre)
+        process.wait(5)
 
 
 def wait_until(holds: object, timeout_s: float = 20.0) -> None:
