@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from client.dicom import Fault, silence_readers
 from client.ingest import IngestError, IngestReport, ingest
 from shared.enrol import EnrolError
-from shared.rights import not_permitted
+from shared.rights import words_of
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 
@@ -270,8 +270,7 @@ def say(line: str) -> None:
 def refuse(error: Exception, code: int = 1) -> typer.Exit:
     """Say what is wrong and end with a status."""
     console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-    denied = isinstance(error, PermissionError) and error.filename
-    say(f"{error.filename} {not_permitted(Path(error.filename))}" if denied else str(error))
+    say(words_of(error))
     return typer.Exit(code)
 
 

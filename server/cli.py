@@ -21,7 +21,7 @@ from server.state import follow_run, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from shared.config import ConfigError, parse_config
 from shared.enrol import EnrolError, Request, read_letter
-from shared.rights import not_permitted
+from shared.rights import words_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -229,9 +229,9 @@ def say(line: str) -> None:
 
 def fail(error: Exception) -> None:
     """Say what is wrong and leave with exit status 1."""
-    denied = isinstance(error, PermissionError) and error.filename
-    told = f"{error.filename} {not_permitted(Path(error.filename))}" if denied else error
-    console.print(f"{type(error).__name__}: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{type(error).__name__}: {words_of(error)}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
     raise typer.Exit(1) from error
 
 

@@ -7,6 +7,13 @@ import pwd
 from pathlib import Path
 
 
+def words_of(error: Exception) -> str:
+    """What an error says, and of one about rights whose the file is and the next step."""
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} {not_permitted(Path(error.filename))}"
+    return str(error)
+
+
 def not_permitted(path: Path) -> str:
     """Whose a file is, who asked, and the next step; of one that is not there, of the folder that it would be in."""
     owner, me = _name(_nearest(path).stat().st_uid), _name(os.geteuid())

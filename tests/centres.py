@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
 
+import pytest
+
 from client.enrol import init_site
 from server.authority import Pair
-from server.centre import Centre, init_centre
+from server.centre import Centre, CentreError, init_centre
 from server.members import invitation_path, invite, register
+from server.proxy import find_nginx
 from shared.enrol import Request, read_letter
 from tests.small_sites import make_site
 
 Answer = Callable[[socket.socket], None]  # what a server does with one connection
+
+
+def need_nginx() -> None:
+    """Skip the test where nginx is not installed; CI has it."""
+    try:
+        find_nginx()
+    except CentreError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+def wait_for(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Return when something holds."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def make_centre(folder: Path, port: int = 443, loopback_port: int = 9443) -> Centre:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from server.centre import Centre, CentreError, init_centre
+from server.centre import Centre, init_centre
 from server.daemon import Daemon
-from server.proxy import find_nginx, is_listening
+from server.proxy import is_listening
 from server.state import status_lines
 from server.wanted import read_trouble
 from shared.processes import owned
 from simulations.federation import free_ports
+from tests.centres import need_nginx, wait_for
 
 
 @pytest.fixture
 def centre(tmp_path: Path) -> Centre:
-    try:
-        find_nginx()
-    except CentreError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
+    need_nginx()
     port, loopback_port = free_ports(2)
     made = Centre(tmp_path / "centre", "localhost", port, "127.0.0.1", loopback_port)
     init_centre(made)
@@ -49,13 +43,6 @@ def running(centre: Centre) -> Iterator[list[str]]:
         thread.join(60)
     assert not thread.is_alive()
     assert owned(centre.folder) == []
-
-
-def wait_for(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("key", ["loopback_port", "port"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from server.centre import Centre, CentreError, init_centre
 from server.proxy import check_port_is_free, find_nginx, is_listening, stop_proxy, write_proxy_config
 from simulations.federation import free_ports
+from tests.centres import need_nginx, wait_for
 
 
 @pytest.fixture
@@ -28,26 +27,14 @@ def centre(tmp_path: Path) -> Centre:
 @pytest.fixture
 def nginx(centre: Centre) -> Iterator[subprocess.Popen]:
     """The centre's nginx, serving; it works in the folder that the centre starts it in."""
+    need_nginx()
+    process = subprocess.Popen([find_nginx(), "-c", str(write_proxy_config(centre))], cwd=centre.flower)
     try:
-        program = find_nginx()
-    except CentreError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    process = subprocess.Popen([program, "-c", str(write_proxy_config(centre))], cwd=centre.flower)
-    try:
-        wait_until(lambda: is_listening(centre))
+        wait_for(lambda: is_listening(centre))
         yield process
     finally:
         stop_proxy(centre)
         process.wait(5)
-
-
-def wait_until(holds: object, timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_it_serves_from_a_folder_of_any_name_and_is_ended(centre: Centre, nginx: subprocess.Popen) -> None:
@@ -62,7 +49,7 @@ def test_workers_whose_master_was_killed_do_not_keep_the_port(centre: Centre, ng
     nginx.wait()
     assert is_listening(centre), "else there was nothing to end"
     stop_proxy(centre)
-    wait_until(lambda: not is_listening(centre))
+    wait_for(lambda: not is_listening(centre))
     check_port_is_free(centre.listen, centre.port, "port")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.rights import not_permitted
+from shared.rights import not_permitted, words_of
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 
@@ -28,3 +28,10 @@ def test_the_owner_of_the_file_or_of_the_nearest_folder_is_named(tmp_path: Path,
         f"may not be used by {ME}, who runs this command: it belongs to user 54321; run the command as user 54321, or give "
         f"{ME} the right (chown, chmod)"
     )
+
+
+def test_only_an_error_about_rights_to_a_file_is_said_in_these_words(tmp_path: Path) -> None:
+    denied = PermissionError(13, "Permission denied", str(tmp_path))
+    assert words_of(denied) == f"{tmp_path} {not_permitted(tmp_path)}"
+    assert words_of(PermissionError("no file")) == "no file"
+    assert words_of(ValueError("another")) == "another"
