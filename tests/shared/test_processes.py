@@ -26,10 +26,11 @@ with hold(Path(sys.argv[1])):
     time.sleep(float(sys.argv[2]))
     child.kill()
 """
+# The child says its own number: in the moment of its start a process has no environment, and so no mark.
 PARENT = """
-import subprocess, sys, time
-print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
-time.sleep(60)
+import subprocess, sys
+child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+subprocess.run([sys.executable, "-c", child])
 """
 STUBBORN = """
 import signal, time
