@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from numpy.typing import NDArray
+from PIL import Image
 
 from client.dicom import pseudonym
-from client.ingest import IngestReport, ingest
+from client.ingest import IngestError, IngestReport, ingest
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from tests.dicom_files import ct_dataset, enhanced_ct, write_ct
@@ -25,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLIENT = [sys.executable, "-c", "from client.cli import main; main()"]  # hemafed-client, to be run in ROOT
 SERIES = "1.2.826.1"
 SIDE, SPACING_MM = 48, 4.0
+HEADER = "series_uid,sop_uid,hypodensity\n"  # of a table of labels
 
 
 def tiny_head(brightness_hu: int = 40) -> NDArray[np.int16]:
@@ -138,3 +142,33 @@ def answer_of(work: Callable[[Connection], object]) -> tuple[Any, int | None]:
     process = in_process(partial(work, sender))
     process.join()
     return (receiver.recv() if receiver.poll() else None), process.exitcode
+
+
+def draw(folder: Path, sop: str, value: int = 1) -> None:
+    """A mask file with two segments: a square of `value`, a smaller one of the next number."""
+    folder.mkdir(exist_ok=True)
+    mask_YX = np.zeros((SIDE, SIDE), np.uint8)
+    mask_YX[18:24, 18:24], mask_YX[28:30, 28:30] = value, value + 1
+    Image.fromarray(mask_YX).save(folder / f"{sop}.png")
+
+
+def counted(file: Path, workers: int = 1) -> tuple[int, int, dict[str, bytes]]:
+    """An ingest: headers and series that it read, and the cache's bytes."""
+    headers: list[int] = [0]
+    site = read_site(file)
+    report = ingest(site, workers, lambda what, done, total: headers.append(total) if what == "headers" else None)
+    return headers[-1], report.read, contents(site.cache)
+
+
+def fresh(file: Path) -> dict[str, bytes]:
+    """The bytes of the cache that an ingest from nothing makes of the folder as it is; the state is kept."""
+    site = read_site(file)
+    shutil.rmtree(site.cache, ignore_errors=True)
+    ingest(site, workers=1)
+    return contents(site.cache)
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(IngestError) as caught:
+        ingest(read_site(file), workers=1)
+    return str(caught.value)

@@ -42,8 +42,8 @@ from client.reading import Part, SeriesJob, read_part
 from client.scan import FoundFile, Record, scan_file
 from client.series import build_series, choose
 from client.survey import read_parts
-from tests.client.test_masks import grid_of, truth, write_seg
 from tests.dicom_files import ct_dataset, head_hu, save_as_syntax, write_series
+from tests.mask_files import grid_of, truth, write_seg
 
 KEY = b"k" * 32
 SIDE, VICTIM = 48, 2

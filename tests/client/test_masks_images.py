@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.dicom import DicomError, Fault
+from client.masks import match_masks, read_mask
+from client.scan import FoundFile, scan_file
+from tests.dicom_files import write_series
+from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume
+
+# NIfTI
+
+
+def nifti(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    return path
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "LAS", "RPI", "SPL", "AIR", "PRS"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_nifti_is_placed_by_its_affine(tmp_path: Path, images: list[Path], axes: str, suffix: str) -> None:
+    """The same label map stored along other axes gives the same masks."""
+    patient = truth().transpose(2, 1, 0)  # x to the left, y to the back, z up: LPS
+    stored = patient
+    order = [next(n for n, pair in enumerate(("RL", "AP", "SI")) if letter in pair) for letter in axes]
+    stored = stored.transpose(order)
+    for column, letter in enumerate(axes):
+        if letter in "RAI":
+            stored = np.flip(stored, axis=column)
+    path = nifti(tmp_path / f"mask{suffix}", np.ascontiguousarray(stored), grid_of(axes, (64, 64, 4), (1, 1, 5)))
+    np.testing.assert_array_equal(volume(path, series_of(*images)), truth())
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["half a voxel", "spacing", "shape", "rotated", "one slice more"],
+)
+def test_a_nifti_of_another_grid_is_refused_and_not_stretched(tmp_path: Path, images: list[Path], change: str) -> None:
+    affine, voxels = grid_of("LPS", (64, 64, 4), (1, 1, 5)), truth().transpose(2, 1, 0)
+    if change == "half a voxel":
+        affine[0, 3] += 0.5
+    elif change == "spacing":
+        affine[:2, :2] *= 1.02
+    elif change == "shape":
+        voxels = voxels[:60]
+    elif change == "rotated":
+        turn = np.deg2rad(3)
+        affine[:2, :2] = affine[:2, :2] @ [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+    else:
+        images = write_series(tmp_path / "more", count=5)
+    series = series_of(*images)
+    path = nifti(tmp_path / "mask.nii.gz", voxels, affine)
+    matched, (fault,) = match_masks([read_one(path)], series)
+    assert matched == {}
+    assert "its grid is that of 0 series" in fault.reason
+    named = nifti(tmp_path / "1.2.826.1.nii.gz", voxels, affine)
+    refused(named, series, r"slices are no layer of the NIfTI's grid")
+
+
+def test_a_nifti_that_fits_two_series_must_be_named(tmp_path: Path, images: list[Path]) -> None:
+    series = series_of(*images, *write_series(tmp_path / "other", series="1.2.5", FrameOfReferenceUID="1.2.6"))
+    args = truth().transpose(2, 1, 0), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    _, (fault,) = match_masks([read_one(nifti(tmp_path / "mask.nii", *args))], series)
+    assert "its grid is that of 2 series, expected 1; name it SeriesInstanceUID.nii.gz" in fault.reason
+    matched, _ = match_masks([read_one(nifti(tmp_path / "1.2.5.nii.gz", *args))], series)
+    assert list(matched) == [s.name for s in series if s.slices[0].path.parent.name == "other"]
+
+
+def test_numbers_of_a_label_map(tmp_path: Path, images: list[Path]) -> None:
+    series, affine = series_of(*images), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    labels = (truth() + 2 * np.roll(truth(), 20, axis=2)).transpose(2, 1, 0)
+    path = nifti(tmp_path / "m.nii", labels, affine)
+    refused(path, series, r"2 segments \(1; 2\): expected one")
+    np.testing.assert_array_equal(volume(path, series, (1,)), truth())
+    np.testing.assert_array_equal(volume(path, series, ("Hematoma", 1, 2)), truth() | np.roll(truth(), 20, axis=2))
+    assert volume(path, series, (7,)).sum() == 0
+    floats = nifti(tmp_path / "m.nii", truth().transpose(2, 1, 0)[..., None].astype(np.float32), affine)
+    np.testing.assert_array_equal(volume(floats, series), truth())
+    floats = nifti(tmp_path / "m.nii", truth().transpose(2, 1, 0) * np.float32(0.3), affine)
+    refused(floats, series, "numbers that are not whole")
+
+
+@pytest.mark.parametrize("content", [b"", b"no nifti", b"\x1f\x8b\x08\x00junk"])
+def test_a_file_that_is_called_nifti_and_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.nii.gz").write_bytes(content)
+    with pytest.raises(DicomError, match=r"cannot be read as NIfTI|an empty file"):
+        read_one(tmp_path / "m.nii.gz")
+
+
+# PNG
+
+
+def png(folder: Path, uid: str, pixels: np.ndarray, mode: str | None = None) -> Path:
+    path = folder / f"{uid}.png"
+    Image.fromarray(pixels).convert(mode).save(path) if mode else Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("value", [1, 255])
+@pytest.mark.parametrize("mode", [None, "P"])
+def test_a_png_is_named_after_its_image(tmp_path: Path, images: list[Path], value: int, mode: str | None) -> None:
+    path = png(tmp_path, "1.2.826.1.2", truth()[1] * np.uint8(value), mode)
+    masks, _ = masks_of(path, series_of(*images))
+    np.testing.assert_array_equal(masks[1], truth()[1])
+    assert [m is None for m in masks] == [True, False, True, True]
+
+
+def test_pngs_of_one_series_add_up(tmp_path: Path, images: list[Path]) -> None:
+    paths = [png(tmp_path, f"1.2.826.1.{n + 1}", truth()[n]) for n in range(4)]
+    matched, faults = match_masks([read_one(p) for p in paths], series_of(*images))
+    assert faults == []
+    assert [len(files) for files in matched.values()] == [4]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "match"),
+    [
+        (np.zeros((32, 64), np.uint8), r"mask is \(32, 64\) pixels, its image \(64, 64\)"),
+        (np.zeros((64, 64, 3), np.uint8), "mode RGB, expected one channel"),
+        (np.arange(64 * 64, dtype=np.uint8).reshape(64, 64), r"255 segments .* expected one"),
+    ],
+)
+def test_a_png_that_is_no_mask(tmp_path: Path, images: list[Path], pixels: np.ndarray, match: str) -> None:
+    refused(png(tmp_path, "1.2.826.1.2", pixels), series_of(*images), match)
+
+
+def test_a_png_named_after_nothing(tmp_path: Path, images: list[Path]) -> None:
+    _, (fault,) = match_masks([read_one(png(tmp_path, "1.2.99", truth()[0]))], series_of(*images))
+    assert fault.reason == "named after no image in data.images; expected SOPInstanceUID.png"
+
+
+def test_the_file_names_of_masks_and_their_uids_are_in_no_fault(tmp_path: Path, images: list[Path]) -> None:
+    shutil.copy(png(tmp_path, "1.2.826.1.2", np.zeros((32, 64), np.uint8)), tmp_path / "Doe.png")
+    series = series_of(*images)
+    for path in (tmp_path / "1.2.826.1.2.png", tmp_path / "Doe.png"):
+        record = scan_file(FoundFile(path, "0123", "masks", ""), KEY, False)
+        matched, faults = match_masks([record.mask], series)
+        for files in matched.values():
+            with pytest.raises(DicomError) as caught:
+                read_mask(files[0], series[0], KEY, ())
+            faults.append(Fault("", str(caught.value)))
+        assert faults
+        assert not any(text in str(faults) for text in ("Doe", "1.2.826", str(tmp_path)))
