@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from shared.config import is_name
+from shared.config import NAME_WORDS, is_name
 from shared.enrol import (
     EnrolError,
     Invitation,
@@ -165,8 +165,7 @@ def _check_invitation(path: Path, invitation: Invitation) -> None:
         ) from error
     if not is_name(invitation.site):
         raise EnrolError(
-            f"{path} invites site {invitation.site!r}, expected up to 64 letters, digits, '-', '_' or '.'; ask the centre for "
-            "another invitation"
+            f"{path} invites site {invitation.site!r}, expected {NAME_WORDS}; ask the centre for another invitation"
         )
 
 

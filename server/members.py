@@ -12,7 +12,7 @@ from pathlib import Path
 
 from server.centre import Centre, CentreError, read_centre
 from server.files import replace_text
-from shared.config import is_name
+from shared.config import NAME_WORDS, is_name
 from shared.enrol import Invitation, Request, check_request, key_fingerprint, write_letter
 
 INVITATION_DAYS = 14
@@ -53,7 +53,7 @@ def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation
       CentreError: the name cannot be one, or is registered.
     """
     if not is_name(site):
-        raise CentreError(f"site name {site!r}, expected up to 64 letters, digits, '-', '_' or '.'")
+        raise CentreError(f"site name {site!r}, expected {NAME_WORDS}")
     known = read_sites(centre).get(site)
     if known is not None and known.status == "registered":
         raise CentreError(

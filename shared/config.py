@@ -16,6 +16,7 @@ from typing import Any
 
 Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
+NAME_WORDS = "up to 64 letters, digits, '-', '_' or '.', a letter or digit first"
 
 
 class ConfigError(ValueError):
@@ -259,9 +260,7 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     }
     config = RunConfig(**sections)
     if config.run.id == "latest" or not (config.run.id == "" or is_name(config.run.id)):
-        raise ConfigError(
-            f"run.id is {config.run.id!r}; expected up to 64 letters, digits, '-', '_' or '.', a name of a folder, and not 'latest'"
-        )
+        raise ConfigError(f"run.id is {config.run.id!r}; expected {NAME_WORDS}, and not 'latest'")
     config.model.windows()
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")

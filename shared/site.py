@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from shared.config import RunConfig, Scalar, is_name
+from shared.config import NAME_WORDS, RunConfig, Scalar, is_name
 
 ROLES = ("train", "held-out", "development")
 TENSOR_GROUPS = ("encoder", "cls", "seg", "rec")
@@ -223,7 +223,7 @@ def _name(path: Path, value: Any) -> str:
     """A site's public name: it stands in messages, tables and file names."""
     name = _typed(path, "site", value, str)
     if not is_name(name):
-        raise SiteError(f"{path}: site is {name!r}, expected up to 64 letters, digits, '-', '_' or '.'")
+        raise SiteError(f"{path}: site is {name!r}, expected {NAME_WORDS}")
     return name
 
 
