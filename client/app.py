@@ -147,9 +147,15 @@ def find_site(context: Context) -> Site:
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Who are you? Out go the site's public name, role and weight and, if the policy allows, three counts."""
+    """Who are you? Out go the site's public name, role, weight and released groups and, if the policy allows, three counts."""
     site = find_site(context)
-    facts = {"site": site.name, "role": site.role, "weight": site.weight, "protocol": PROTOCOL_VERSION}
+    facts = {
+        "site": site.name,
+        "role": site.role,
+        "weight": site.weight,
+        "release": ",".join(site.policy.release),
+        "protocol": PROTOCOL_VERSION,
+    }
     return _reply(message, site, facts=facts, metrics=read_cache(site.cache).counts())
 
 

@@ -172,6 +172,7 @@ def _conclude(
     site: Site, files: int, found: Survey, parts: list[Part], pictures: tuple[Picture, ...], trouble: list[str]
 ) -> Check:
     """Counts, tables and problems of what was read."""
+    temporary = site.lent_key is not None
     used = [part for part in parts if part.rows]
     series = {one.name: one for one in found.series()}
     splits = splits_of(site, {part.patient for part in used}, keep=False)
@@ -197,7 +198,7 @@ def _conclude(
         *filter(None, [denied_text(faults)]),
         *_unusable(site, used, found),
         *_unmatched(faults, site),
-        *_leaks(used, series, splits),
+        *_leaks(used, series, {} if temporary and site.role == "train" else splits),
         *_contradictions(used, found),
         *_lopsided(labelled),
     )
@@ -215,7 +216,7 @@ def _conclude(
         site=site.name,
         role=site.role,
         ready=not problems,
-        temporary=site.lent_key is not None,
+        temporary=temporary,
         problems=tuple(problems),
         counts=counts,
         splits=by_split,
@@ -278,14 +279,18 @@ def _unmatched(faults: tuple[Fault, ...], site: Site) -> list[str]:
 
 
 def _leaks(used: list[Part], series: dict[str, CtSeries], splits: dict[str, str]) -> list[str]:
-    """One patient in two splits: equal pictures, or one study, under two identifiers."""
+    """One patient in two splits: equal pictures, or one study, under two identifiers.
+
+    Without splits, as before the first ingest, which makes the key that they follow, any two identifiers may come apart.
+    """
     problems = []
     for kind, groups in (("pictures", _by_content(used)), ("studies", _by_study(used, series))):
         shared = [patients for patients in groups.values() if len(patients) > 1]
-        apart = [patients for patients in shared if len({splits[p] for p in patients}) > 1]
+        apart = [patients for patients in shared if not splits or len({splits[p] for p in patients}) > 1]
         if apart:
+            where = "are in different splits" if splits else "may come into different splits"
             problems.append(
-                f"{len(apart)} {kind} belong to several patients that are in different splits (such as {' and '.join(sorted(apart[0])[:2])}): "
+                f"{len(apart)} {kind} belong to several patients that {where} (such as {' and '.join(sorted(apart[0])[:2])}): "
                 "one patient with two identifiers, half trained on and half tested on; give them one PatientID"
             )
     return problems

@@ -20,7 +20,7 @@ from shared.wire import group
 UPDATE, TALLY, METRICS, FACTS = "update", "tally", "metrics", "facts"
 PATIENTS = "patients"  # key in METRICS and in TALLY: how many patients the reply's numbers stand for
 RECORDS = {UPDATE: ArrayRecord, TALLY: ArrayRecord, METRICS: MetricRecord, FACTS: ConfigRecord}
-PUBLIC_FACTS = {"site", "role", "weight", "protocol", "withheld", "audit"}
+PUBLIC_FACTS = {"site", "role", "weight", "release", "protocol", "withheld", "audit"}
 
 
 class PolicyError(PermissionError):

@@ -32,6 +32,7 @@ from server.roster import Member, QuorumError, Session, content_of, gather, rece
 from server.runs import (
     RunError,
     append_round,
+    forget_test,
     open_run,
     read_rounds,
     save_tally,
@@ -40,7 +41,7 @@ from server.runs import (
     write_status,
 )
 from server.strategy import RoundResult, build_strategy, repeat_round
-from shared.config import ConfigError, RunConfig, parse_config
+from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
 from shared.metrics import auc
 from shared.model import ModelError, MultiTaskSwin, load_pretrained
 from shared.scoring import build_model
@@ -61,6 +62,7 @@ from shared.wire import (
 app = ServerApp()
 
 HEADS = TENSOR_GROUPS[1:]
+PROBE_WORDS = "federation.heads = 'probe' and federation.development_site, data of your own on which a head for classification is fitted"
 # What would end the same if it were tried again.
 FINAL = (
     QuorumError,
@@ -129,6 +131,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
     update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
     if first == 1:
+        check_heads(members, settings)
         write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
         save_checkpoint(run / "checkpoint", 0, arrays, strategy)
         say("testing the initial model")
@@ -151,6 +154,23 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     test_seen(grid, members, run, "final", config, arrays, heads)
     finish(run, members)
     say(f"done: {run / 'report.html'}")
+
+
+def check_heads(members: list[Member], settings: FederationSettings) -> None:
+    """That the run can end with a whole model: it is better known before hospitals train for days.
+
+    Raises:
+      QuorumError: with average or ensemble, fewer hospitals than federation.quorum release their heads.
+    """
+    if settings.share == "all" or settings.heads == "probe":
+        return
+    keep = [m.site for m in members if not m.release.issuperset(HEADS)]
+    if len(members) - len(keep) < settings.quorum:
+        raise QuorumError(
+            f"federation.heads = {settings.heads!r} needs the heads of {settings.quorum} hospitals (federation.quorum) at the "
+            f"end, and of the {len(members)} that are there {', '.join(keep)} release none; ask them for policy.release: "
+            f"[{', '.join(TENSOR_GROUPS)}], or use {PROBE_WORDS}"
+        )
 
 
 def final_heads(
@@ -194,8 +214,8 @@ def final_heads(
     if given < settings.quorum:
         reasons = "".join(f"\n  {site}: {why}" for site, why in refused.items())
         raise QuorumError(
-            f"heads came from {given} hospitals, federation.quorum is {settings.quorum}; with federation.heads = "
-            f"'probe' none is needed{reasons}"
+            f"heads came from {given} hospitals, federation.quorum is {settings.quorum}; every round is kept: resume the run "
+            f"when they release them, or with {PROBE_WORDS}{reasons}"
         )
     return released if settings.heads == "ensemble" else {"average": mean(total)}
 
@@ -211,6 +231,7 @@ def test_seen(
 ) -> None:
     """Have the training hospitals test a model on their validation and test splits, and keep their counts."""
     timeout_s = config.federation.round_deadline_s
+    forget_test(run, stage)  # a resumed run may have ended before, with other heads
     content = RecordDict({"arrays": to_record({n: v for n, v in arrays.items() if n.startswith("encoder.")})})
     for name, tensors in heads.items():
         content[f"heads-{name}"] = to_record(tensors)

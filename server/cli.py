@@ -213,11 +213,11 @@ def evaluate(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/latest")]) -> None:
-    """Write a run's report.html anew from what its folder holds."""
-    from server.results import ERRORS, write_report
+    """Write a run's summary and report.html anew, with the counts that held-out hospitals sent."""
+    from server.results import ERRORS, report_anew
 
     try:
-        console.print(f"report: {write_report(run)}", highlight=False)
+        console.print(f"report: {report_anew(run)}", highlight=False)
     except ERRORS as error:
         fail(error)
 

@@ -7,7 +7,6 @@ hospitals' validation slices alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -96,6 +95,8 @@ def evaluate_unseen(
 ) -> None:
     """Test the initial and the final model on held-out sites and complete the run's summary.
 
+    Counts of other held-out sites, of earlier calls or sent by their hospitals, stay.
+
     Args:
       run: folder of a run that has finished training.
       config: the run's.
@@ -108,7 +109,6 @@ def evaluate_unseen(
         raise EvaluationError(f"sites {[site.name for site, _ in sites]}: a name stands twice; expected each site once")
     models = {stage: load_model(run, config, stage) for stage in STAGES}
     for stage, (model, heads) in models.items():
-        shutil.rmtree(run / "evaluation" / stage / "unseen", ignore_errors=True)  # of an earlier call, with other sites
         for site, cache in sites:
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
             save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config))

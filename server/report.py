@@ -147,10 +147,10 @@ def _main_rows(before: dict, after: dict) -> list[dict]:
 
 
 def _site_rows(summary: dict, after: dict) -> list[dict]:
-    """One row per hospital."""
-    rows = []
-    for site, counts in sorted(summary.get("sites", {}).items()):
-        result = after.get("per_site", {}).get(site, {})
+    """One row per hospital; of one that sent its test's counts no more is known."""
+    rows, known, tested = [], summary.get("sites", {}), after.get("per_site", {})
+    for site in sorted(known.keys() | tested.keys()):
+        counts, result = known.get(site, {}), tested.get(site, {})
         shown = {key: counts.get(key, "–") for key in ("patients", "slices", "positives")}
         rows.append(
             {"site": site, "part": result.get("part", counts.get("role", "")), "metrics": _metrics(result), **shown}

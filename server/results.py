@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from server.checkpoint import CheckpointError
-from server.evaluate import EvaluationError, evaluate_unseen
+from server.evaluate import EvaluationError, evaluate_unseen, summarise_run
 from server.report import metric_text, write_report
 from server.runs import RunError, read_config, read_summary
 from shared.config import ConfigError
@@ -31,6 +31,16 @@ def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None]) -> tu
     """
     evaluate_unseen(run, read_config(run), sites, say)
     return write_report(run), read_summary(run)
+
+
+def report_anew(run: Path) -> Path:
+    """Summary and page of what a run's folder holds, counts that held-out hospitals sent among it; the page.
+
+    Raises:
+      one of ERRORS.
+    """
+    summarise_run(run)
+    return write_report(run)
 
 
 def result_table(summary: dict) -> Table:

@@ -37,6 +37,7 @@ class Member:
     Attributes:
       node_id: its Flower node.
       site, role, weight: as it says of itself; public.
+      release: tensor groups that its policy lets out.
       counts: patients, slices and positives, as far as its policy lets them out.
     """
 
@@ -44,6 +45,7 @@ class Member:
     site: str
     role: str
     weight: float
+    release: frozenset[str]
     counts: dict[str, int]
 
 
@@ -174,15 +176,15 @@ def greet(session: Session) -> None:
 def _read_hello(node_id: int, reply: Message) -> Member:
     """The answer to 'hello', checked."""
     facts = part_of(content_of(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
-    site, role, weight = facts.get("site"), facts.get("role"), facts.get("weight")
+    site, role, weight, release = (facts.get(name) for name in ("site", "role", "weight", "release"))
     if facts.get("protocol") != PROTOCOL_VERSION:
         raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
-    if not is_name(site) or not isinstance(role, str) or not isinstance(weight, float):
-        raise UpdateError("an answer to 'hello' without a proper site name, role and weight")
+    if not is_name(site) or not isinstance(role, str) or not isinstance(weight, float) or not isinstance(release, str):
+        raise UpdateError("an answer to 'hello' without a proper site name, role, weight and released groups")
     if not 0 < weight <= 1e6:
         raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
     counts = {key: int(value) for key, value in read_metrics(reply.content).items()}
-    return Member(node_id, site, role, weight, counts)
+    return Member(node_id, site, role, weight, frozenset(release.split(",")), counts)
 
 
 def gather(session: Session) -> list[Member]:

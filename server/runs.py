@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 import tomllib
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,7 +26,8 @@ from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
 
 DISK_PAUSE_S = 15.0
-_PATIENCE = ("federation.wait_s", "federation.round_deadline_s")
+# Keys that may change when a run is resumed: how long hospitals are waited for, and what is done after the last round.
+_FREE = (*PLACES, "federation.wait_s", "federation.round_deadline_s", "federation.heads", "federation.development_site")
 
 
 class RunError(ValueError):
@@ -78,12 +81,10 @@ def check_run(root: Path, name: str, config: RunConfig) -> None:
 
 
 def changed_keys(made: RunConfig, given: RunConfig) -> list[str]:
-    """Which keys differ, and how; those aside that no result depends on, and those that say how long hospitals are waited for."""
+    """Which keys differ, and how; those aside on which no finished round depends."""
     before, now = made.flat(), given.flat()
     return [
-        f"{key} was {before[key]!r}, is {now[key]!r}"
-        for key in before
-        if before[key] != now[key] and key not in (*PLACES, *_PATIENCE)
+        f"{key} was {before[key]!r}, is {now[key]!r}" for key in before if before[key] != now[key] and key not in _FREE
     ]
 
 
@@ -208,6 +209,13 @@ def _line(text: str) -> dict | None:
         return None
 
 
+def forget_test(run: Path, stage: str) -> None:
+    """Remove heads and counts of a test of the "initial" or the "final" model: what comes is of another model."""
+    for path in (run / "checkpoint").glob(f"heads-{stage}-*.safetensors"):
+        path.unlink()
+    shutil.rmtree(run / "evaluation" / stage, ignore_errors=True)
+
+
 def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally) -> None:
     """Keep a site's counts: evaluation/<stage>/<part>/<site>.npz."""
     path = run / "evaluation" / stage / part / f"{site}.npz"
@@ -216,11 +224,25 @@ def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally) -> Non
 
 
 def load_tallies(run: Path, stage: str, part: str) -> dict[str, Tally]:
-    """Site -> counts, for stage "initial" or "final" and part "val", "seen" or "unseen"."""
+    """Site -> counts, for stage "initial" or "final" and part "val", "seen" or "unseen".
+
+    Raises:
+      RunError: a file holds no counts; a held-out hospital may have sent it.
+    """
     tallies = {}
     for path in sorted((run / "evaluation" / stage / part).glob("*.npz")):
-        with np.load(path) as file:
-            tallies[path.stem] = Tally(file["counts"], file["dice_sum"], file["dice_slices"], int(file["patients"]))
+        try:
+            with np.load(path) as file:
+                tallies[path.stem] = Tally(file["counts"], file["dice_sum"], file["dice_slices"], int(file["patients"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise RunError(
+                f"{path} holds no counts of a test ({type(error).__name__}); get it again from who wrote it, or remove it"
+            ) from error
+    if len({tally.counts.shape for tally in tallies.values()}) > 1:
+        raise RunError(
+            f"counts in {run / 'evaluation' / stage / part} are of different numbers of bootstrap samples; all must be of this run "
+            "(its config.toml: evaluation.replicates)"
+        )
     return tallies
 
 

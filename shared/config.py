@@ -131,7 +131,7 @@ class FederationSettings:
       wait_s: how long it waits for a quorum of hospitals, and goes on asking for a round, before it stops with an error.
       round_deadline_s: a hospital that has not answered by then is left out of the round, and asked again once it answered.
       proximal_mu: FedProx's mu.
-      server_learning_rate: FedAvgM's and FedAdam's step on the server.
+      server_learning_rate: FedAvgM's and FedAdam's step on the server; FedAdam moves every value by about this much a round.
       server_momentum: FedAvgM's momentum, FedAdam's beta 1.
       development_site: site.yaml of the data on which heads = "probe" is fitted, on the server.
     """
@@ -199,6 +199,7 @@ _LEAST: dict[str, float] = {
     "federation.server_momentum": 0,
     "evaluation.replicates": 100,
 }
+_MOST_ADAM_RATE = 0.1  # above it the encoder's values, themselves of this size, would be lost in a round
 _ABOVE_ZERO = (
     "train.learning_rate",
     "train.matrix_rate",
@@ -265,6 +266,12 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")
     _check_rule(config.federation)
+    rate = config.federation.server_learning_rate
+    if config.federation.strategy == "fedadam" and rate > _MOST_ADAM_RATE:
+        raise ConfigError(
+            f"federation.server_learning_rate is {rate:g} with federation.strategy = 'fedadam', which moves every value by about that "
+            f"much in a round; expected at most {_MOST_ADAM_RATE:g}, such as 0.003"
+        )
     return config
 
 

@@ -43,7 +43,14 @@ def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
     reply = ask({"site": str(hospitals.files[NAME])}, "query.hello")
     facts = dict(reply.content["facts"])
     assert len(facts.pop("audit")) == 64
-    assert facts == {"site": NAME, "role": "train", "weight": 1.0, "protocol": 1, "withheld": ""}
+    assert facts == {
+        "site": NAME,
+        "role": "train",
+        "weight": 1.0,
+        "release": "encoder,cls,seg,rec",
+        "protocol": 1,
+        "withheld": "",
+    }
     cache = hospitals.cache(NAME)
     counts = dict(reply.content["metrics"])
     assert counts["slices"] == len(cache.label)
@@ -149,10 +156,11 @@ def test_a_run_outside_of_the_policy_is_refused_and_recorded(
     copied_hospitals: SmallHospitals, accept: dict, change: dict, rule: str
 ) -> None:
     edit_site(copied_hospitals.files[NAME], policy={"accept": accept})
-    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order(), small_config() | change)
+    order = train_order(run="not-accepted")
+    reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", order, small_config() | change)
     assert reply.error.code == REFUSED
     assert rule in reply.error.reason
-    assert not (copied_hospitals.site(NAME).state / "runs").exists()
+    assert not (copied_hospitals.site(NAME).state / "runs" / "not-accepted").exists()
     entry = audit_entries(copied_hospitals)[-1]
     assert (entry["event"], entry["asked"], entry["reason"]) == ("refused", "train", reply.error.reason)
     assert change.items() <= entry["config"].items()

@@ -160,6 +160,7 @@ def test_every_fact_of_a_reply_passes_without_metrics() -> None:
         "site": "hospital-03",
         "role": "train",
         "weight": 1.0,
+        "release": "encoder",
         "protocol": 1,
         "withheld": "policy.metrics is false",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from flwr.app import Message
 from server.checkpoint import load_checkpoint, read_tensors
 from server.evaluate import EvaluationError, evaluate_unseen
 from server.report import write_report
+from server.results import report_anew
 from server.roster import QuorumError
 from server.runs import RunError, load_tallies, read_config, read_rounds, read_summary
 from shared.config import ConfigError
@@ -175,13 +177,68 @@ def test_a_probe_is_never_fitted_on_a_held_out_site(copied_hospitals: SmallHospi
         run(copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=held_out)
 
 
-def test_heads_that_a_policy_keeps_stop_the_run_with_the_reason(
+def test_heads_that_a_policy_keeps_stop_the_run_before_anybody_trains(
     copied_hospitals: SmallHospitals, tmp_path: Path
 ) -> None:
     edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
-    with pytest.raises(QuorumError, match=r"heads came from 1 hospitals[\s\S]*policy.release"):
+    with pytest.raises(QuorumError, match=r"of the 2 that are there hospital-02 release none.*policy\.release"):
         run(copied_hospitals, tmp_path, federation__rounds=1)
-    assert load_checkpoint(tmp_path / "latest" / "checkpoint").round_number == 1, "the encoder is not lost"
+    assert not (tmp_path / "latest" / "rounds.jsonl").exists()
+
+
+def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_place(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    folder, _ = run(copied_hospitals, tmp_path, run__id="late", federation__rounds=1)
+    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
+    before = (folder / "rounds.jsonl").read_text()
+    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
+    again = {"run__id": "late", "run__resume": True, "federation__rounds": 1}
+    with pytest.raises(QuorumError, match=r"heads came from 1 hospitals[\s\S]*policy.release"):
+        run(copied_hospitals, tmp_path, **again)
+    assert "unseen" in read_summary(folder)["evaluation"], "what was tested before is not lost"
+    probe = {
+        "federation__heads": "probe",
+        "federation__development_site": str(copied_hospitals.files["hospital-01"]),
+    }
+    run(copied_hospitals, tmp_path, **again, **probe)
+    assert (folder / "rounds.jsonl").read_text() == before
+    assert read_config(folder).federation.heads == "probe"
+    assert [path.name for path in (folder / "checkpoint").glob("heads-final-*")] == ["heads-final-probe.safetensors"]
+    assert "unseen" not in read_summary(folder)["evaluation"], "it was of the model with other heads"
+
+
+def test_counts_that_held_out_hospitals_send_complete_the_report(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    folder, _ = run(copied_hospitals, tmp_path / "centre", federation__rounds=1)
+    theirs = tmp_path / "hospital-05" / "run"
+    shutil.copytree(folder.resolve(), theirs)
+    evaluate_unseen(theirs, read_config(theirs), [copied_hospitals.files["hospital-05"]])
+    for stage in ("initial", "final"):
+        place = folder / "evaluation" / stage / "unseen"
+        place.mkdir()
+        shutil.copy(theirs / "evaluation" / stage / "unseen" / "hospital-05.npz", place)
+    report_anew(folder)
+    there, here = read_summary(theirs)["evaluation"], read_summary(folder)["evaluation"]
+    assert here["unseen"] == there["unseen"]
+    assert "hospital-05" in (folder / "report.html").read_text()
+
+    shutil.copy(place / "hospital-05.npz", place / "hospital-06.npz")
+    report_anew(folder)
+    assert set(read_summary(folder)["evaluation"]["per_site"]) >= {"hospital-05", "hospital-06"}
+    (place / "hospital-06.npz").write_bytes(b"a letter")
+    with pytest.raises(RunError, match=r"hospital-06\.npz holds no counts of a test"):
+        report_anew(folder)
+
+
+def test_a_second_site_is_tested_beside_the_first(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
+    edit_site(copied_hospitals.files["hospital-02"], role="held-out")
+    for name in ("hospital-05", "hospital-02"):
+        evaluate_unseen(folder, read_config(folder), [copied_hospitals.files[name]])
+    unseen = [s for s, r in read_summary(folder)["evaluation"]["per_site"].items() if r["part"] == "unseen"]
+    assert unseen == ["hospital-02", "hospital-05"]
 
 
 def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
