@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.metrics import Tally, auc, best_threshold, f1, merge_tallies, tally_scores
-from simulations.experiments import FOLDER, ROOT, Experiment, Job, all_experiments, jobs
+from simulations.consortia import consortium
+from simulations.experiments import FOLDER, ROOT, Arm, Experiment, Job, all_experiments, jobs
+from simulations.hospitals import Hospital
 from simulations.measures import REGIONS, scores_from_json
 
 REPLICATES = 1000
@@ -277,7 +279,7 @@ def write_tables() -> Path:
             "# Experiments\n\nMade by `hemafed-sim table` from simulations/results; do not edit. Synthetic patients: these numbers "
             "compare methods, they say nothing about accuracy on patients. Intervals: 95 %, bootstrap over patients within each "
             'hospital and seed, of the mean over seeds; in brackets with "to": range over seeds. Each seed draws new patients '
-            "and new initial weights."
+            "and new initial weights.\n\n" + _ground()
         )
     ]
     for experiment in all_experiments():
@@ -287,12 +289,33 @@ def write_tables() -> Path:
     return PAGE
 
 
+def _ground() -> str:
+    """What every arm begins with, in words."""
+    arm, group = Arm(""), consortium("hospitals")
+    config, (name, unseen) = arm.run_config(0), next(iter(group.tests.items()))
+    loss = ", ".join(f"{getattr(config.loss, task):g} {task}" for task in ("cls", "seg", "rec"))
+    return (
+        f"Unless an arm says otherwise: model `{config.model.variant}`, loss {loss}, {arm.steps:,} steps of {config.train.batch} slices, "
+        f"{arm.mode}: one model on the slices of all {len(group.training)} training hospitals together "
+        f"({_patients(group.training)} patients, of whom a quarter is the group seen), tested on {len(unseen)} {name} hospitals "
+        f"({_patients(unseen)} patients); augmentation `{config.train.augment}`, which imitates no scanner. README's table comes from "
+        "another recipe, simulations/demo.toml: scanner augmentation and more steps. Arms with other steps are not to be compared "
+        "across experiments."
+    )
+
+
+def _patients(hospitals: Iterable[Hospital]) -> int:
+    return sum(hospital.patients for hospital in hospitals)
+
+
 def _section(experiment: Experiment) -> str:
     """One experiment of the page."""
     finding = f"\n\n**Found.** {experiment.finding}" if experiment.finding else ""
+    steps = {arm.steps for arm in experiment.arms} - {Arm("").steps}
+    other = f" {' or '.join(f'{n:,}' for n in sorted(steps))} steps a site." if steps else ""
     return (
         f"## {experiment.title}\n\n{experiment.question}\n\n**Expected.** {experiment.expected}{finding}\n\n"
-        f"`hemafed-sim run {experiment.name}`: {_cost(experiment)}\n\n{TABLES[experiment.table](experiment)}"
+        f"`hemafed-sim run {experiment.name}`: {_cost(experiment)}{other}\n\n{TABLES[experiment.table](experiment)}"
     )
 
 

@@ -102,7 +102,7 @@ def test_numbers_of_the_runbook_are_the_programs() -> None:
     for fact in (
         f"| centre | {Centre.port}, or `--port` of `init` |",
         f"| centre | {Centre.loopback_port}, or `--loopback-port` |",
-        f"port {Centre.port}. Nothing else.",
+        f"port {Centre.port}. Nothing else",
         f"good for {INVITATION_DAYS} days",
         f"**Server certificates** end after {SERVER_DAYS} days",
     ):
