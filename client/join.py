@@ -222,7 +222,10 @@ def _reason(line: str) -> str:
 
 def site_unit(site_yaml: Path, user: bool) -> str:
     """A systemd unit for the daemon; of the system, it runs as whoever owns site.yaml."""
-    owner = site_yaml.owner()
+    try:
+        owner = site_yaml.owner()
+    except KeyError:  # a user without a name, whom systemd takes by number
+        owner = str(site_yaml.stat().st_uid)
     return unit_text(
         f"hemafed: {site_yaml.parent.name} takes part in federated training",
         ["hemafed-client", "join", str(site_yaml)],

@@ -12,8 +12,6 @@ import ssl
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +26,7 @@ from server.members import read_sites, write_nodes
 from server.proxy import check_port_is_free, find_nginx, is_listening, stop_proxy, write_proxy_config
 from server.runs import read_status, write_status
 from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
-from shared.processes import HeldError, end_owned, hold
+from shared.processes import HeldError, answers, end_owned, hold
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 60.0
@@ -201,13 +199,9 @@ class Daemon:
         context = ssl.create_default_context(cafile=str(self._centre.authority.certificate))
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end and self._processes["superlink"].poll() is None and not self._stopping.is_set():
-            try:
-                with urllib.request.urlopen(
-                    f"https://127.0.0.1:{self._centre.loopback_port}/health", timeout=2, context=context
-                ):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
+            if answers(f"https://127.0.0.1:{self._centre.loopback_port}/health", context):
+                return
+            time.sleep(0.2)
         if not self._stopping.is_set():
             raise CentreError(
                 f"the SuperLink did not come up: {self._last_line('superlink')}; its log is {self._log('superlink')}"

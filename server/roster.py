@@ -152,7 +152,9 @@ def greet(session: Session) -> None:
     for name, reply in receive(grid, messages, HELLO_TIMEOUT_S):
         node_id = int(name)
         if reply is None:
-            roster.silent.add(node_id)  # not waited for again: each time would cost the round a minute
+            roster.silent.add(
+                node_id
+            )  # not waited for again while there is a quorum: each time would cost the round a minute
             who = registered.get(node_id, f"node {node_id}")
             print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out", flush=True)
             continue
@@ -214,6 +216,7 @@ def gather(session: Session) -> list[Member]:
             told = now
             write_status(session.run, "waiting", what=what)
             print(f"waiting for {what}", flush=True)
+        roster.silent.clear()  # the run waits anyway: a hospital that was only slow is asked once more
         time.sleep(1.0)
     reasons = "".join(f"\n  {why}" for why in roster.refused.values())
     raise QuorumError(

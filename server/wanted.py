@@ -77,8 +77,10 @@ def write_trouble(centre: Centre, text: str) -> None:
 
 def read_trouble(centre: Centre) -> str:
     """Why the centre does not serve; empty if it does."""
-    path = centre.state / "trouble.txt"
-    return path.read_text().strip() if path.is_file() else ""
+    try:
+        return (centre.state / "trouble.txt").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def lock_path(centre: Centre) -> Path:

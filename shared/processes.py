@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import ssl
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,4 +122,24 @@ def flower_environment(owner: Path, home: Path, **more: str) -> dict[str, str]:
         **more,
     }
     environment.pop("PYTHONPATH", None)
+    for name in (
+        "NO_PROXY",
+        "no_proxy",
+    ):  # programs read the one or the other; ours speak to each other on this machine
+        environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1", "localhost")))
     return environment
+
+
+def answers(url: str, trust: ssl.SSLContext | None = None) -> bool:
+    """Whether a server on this machine answers a page, asked past any proxy.
+
+    Args:
+      url: the page.
+      trust: for https.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
+    try:
+        with opener.open(url, timeout=2):
+            return True
+    except OSError:  # urllib's errors are of this kind
+        return False

@@ -16,7 +16,7 @@ def words_of(error: Exception) -> str:
 
 def not_permitted(path: Path) -> str:
     """Whose a file is, who asked, and the next step; of one that is not there, of the folder that it would be in."""
-    owner, me = _name(_nearest(path).stat().st_uid), _name(os.geteuid())
+    owner, me = user_name(_nearest(path).stat().st_uid), user_name(os.geteuid())
     told = f"may not be used by {me}, who runs this command: it belongs to {owner}"
     return told if owner == me else f"{told}; run the command as {owner}, or give {me} the right (chown, chmod)"
 
@@ -32,7 +32,7 @@ def _nearest(path: Path) -> Path:
     return Path("/")
 
 
-def _name(number: int) -> str:
+def user_name(number: int) -> str:
     """Of a user; the number where there is no name."""
     try:
         return pwd.getpwuid(number).pw_name

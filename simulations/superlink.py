@@ -15,8 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from shared.processes import end_all, flower_environment
+from shared.processes import answers, end_all, flower_environment
 
 CONNECTION = "simulation"
 LOG = "superlink.log"
@@ -119,11 +117,9 @@ def _wait_until_up(process: subprocess.Popen, link: SuperLink) -> None:
     """Return when the SuperLink answers."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{link.port}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+        if answers(f"http://127.0.0.1:{link.port}/health"):
+            return
+        time.sleep(0.2)
     raise SimulationError(
         f"flower-superlink did not come up (exit status {process.poll()}):\n{cause(link.log.read_text(errors='replace'))}"
     )

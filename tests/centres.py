@@ -24,6 +24,7 @@ from shared.enrol import Request, read_letter
 from tests.small_sites import make_site
 
 Answer = Callable[[socket.socket], None]  # what a server does with one connection
+_HELD: list[socket.socket] = []
 
 
 def need_nginx() -> None:
@@ -89,9 +90,11 @@ def serving(answer: Answer) -> Iterator[int]:
 
 
 def closed_port() -> int:
-    """A port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A port on which nobody listens, nor can: it is kept until the tests end."""
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    _HELD.append(holder)
+    return holder.getsockname()[1]
 
 
 def page(date: datetime | None = None, *more: str) -> bytes:

@@ -20,6 +20,7 @@ from simulations.hospitals import HOSPITALS
 from simulations.sites import write_hospitals
 
 torch.set_num_threads(1)
+os.environ.pop("FORCE_COLOR", None)  # commands' words are compared without colours
 
 # Few examples, the same each time; `pytest tests/client/test_fuzz.py --hypothesis-profile=long` looks further.
 _COMMON = {

@@ -141,7 +141,7 @@ def test_a_killed_ingest_of_what_is_no_longer_there_is_forgotten(
 
 def test_the_command_can_be_killed_and_goes_on(eight_patients: tuple[Path, dict[str, bytes]]) -> None:
     file, _ = eight_patients
-    write_images(file.parent / "dicom", patients(*range(10, 60)))
+    write_images(file.parent / "dicom", patients(*range(10, 160)))
     whole = fresh(file)
     shutil.rmtree(file.parent / "cache")
     unfinished = file.parent / "cache.partial"
@@ -155,7 +155,7 @@ def test_the_command_can_be_killed_and_goes_on(eight_patients: tuple[Path, dict[
     there = len(read_journal(unfinished))
     assert there >= 3
     headers, series, after = counted(file, 2)
-    assert (headers, series) == (0, 58 - there)
+    assert (headers, series) == (0, 158 - there)
     assert after == whole
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from client.enrol import read_known_centre
 from client.gate import ROOT, RUNNING
 from client.join import Daemon, _answering, _reason, install_unit, site_unit
 from shared.enrol import EnrolError
-from shared.processes import flower_environment, hold, is_held
+from shared.processes import flower_environment, hold, is_held, owned
 from shared.site import read_site
 from tests.centres import enrol, make_centre
 from tests.small_sites import make_site
@@ -146,6 +147,7 @@ def test_a_daemon_ends_what_one_that_was_killed_left(daemon: Daemon, site_yaml: 
     left = subprocess.Popen(["sleep", "60"], env=flower_environment(folder, folder))
     other = subprocess.Popen(["sleep", "60"], env=flower_environment(folder.parent, folder))
     try:
+        wait(lambda: left.pid in {process.pid for process in owned(folder)})  # its environment comes after its start
         daemon.stop()
         daemon.run()
         assert left.poll() is not None
@@ -295,7 +297,8 @@ def test_a_node_is_not_given_up_while(
     monkeypatch.setattr(client.join, "WEDGED_S", 0.3)
     if app != "has not begun":
         daemon._running.write_text(str(os.getpid() if app == "lives" else gone_pid()))
-    _, thread = watched("".join(f"echo '{line}';" for line in lines) + "sleep 60")
+    told = f"printf '%s\\n' {' '.join(map(shlex.quote, lines))};" if lines else ""  # all at once
+    _, thread = watched(f"{told} sleep 60")
     wait(lambda: len(said) == len(lines))
     thread.join(1.5)
     assert thread.is_alive()

@@ -311,7 +311,7 @@ def test_a_refused_ingest_names_nobody(hospital: Path) -> None:
 
 
 def test_a_killed_ingest_leaves_nobodys_name(hospital: Path) -> None:
-    write_images(hospital / "dicom", patients(*range(20, 60)))  # so that it takes a while
+    write_images(hospital / "dicom", patients(*range(20, 140)))  # so that it takes a while
     partial = hospital / "cache.partial"
     process = subprocess.Popen(
         [*CLIENT, "ingest", str(hospital / "site.yaml"), "--workers", "1"],

@@ -129,6 +129,25 @@ def test_replies_come_one_at_a_time_in_order_of_names(two: SmallHospitals) -> No
     assert [name for name, _ in replies] == ["2"]
 
 
+def test_a_hospital_that_was_slow_to_say_who_it_is_is_asked_again_while_the_run_waits(
+    two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "HELLO_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(roster, "LAST_LOOK_S", 0.1)
+    hellos = []
+
+    def lose_the_first(asked: Message, reply: Message) -> Message | None:
+        if asked.metadata.dst_node_id == 2:
+            hellos.append(asked)
+        return None if len(hellos) == 1 and asked.metadata.dst_node_id == 2 else reply
+
+    flat = small_config(federation__wait_s=60.0)
+    grid = LoopbackGrid([two.files[n] for n in NAMES], flat, change=lose_the_first)
+    session, _, _ = beginning(grid, flat, two)
+    assert [member.site for member in gather(session)] == NAMES
+    assert len(hellos) == 2
+
+
 def test_public_weights_decide_the_mean(two: SmallHospitals) -> None:
     edit_site(two.files["hospital-02"], weight=3.0)
     sent = {}

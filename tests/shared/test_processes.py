@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shared.processes import OWNER, HeldError, end_all, end_owned, flower_environment, hold, is_held, owned
+from shared.processes import OWNER, HeldError, answers, end_all, end_owned, flower_environment, hold, is_held, owned
+from tests.centres import closed_port, page, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -186,15 +187,30 @@ def test_programs_of_flower_inherit_the_mark_and_neither_telemetry_nor_an_import
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     monkeypatch.setenv("FLWR_HOME", "/elsewhere")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "pacs.hospital")
+    monkeypatch.delenv("no_proxy", raising=False)
     made = flower_environment(tmp_path / "centre", tmp_path / "flower", MORE="1")
     assert made[OWNER] == str(tmp_path / "centre")
     assert made["FLWR_HOME"] == str(tmp_path / "flower")
     assert made["FLWR_TELEMETRY_ENABLED"] == "0"
     assert (made["HTTPS_PROXY"], made["MORE"]) == ("http://proxy:3128", "1")
+    assert (made["NO_PROXY"], made["no_proxy"]) == ("pacs.hospital,127.0.0.1,localhost", "127.0.0.1,localhost")
     assert "PYTHONPATH" not in made
     assert OWNER not in os.environ
     with running(PARENT, **made) as (_, child), ended_after(int(child)):
         assert int(child) in {process.pid for process in owned(tmp_path / "centre")}
+
+
+def test_a_server_on_this_machine_is_asked_past_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda line: line.sendall(page()) if line.recv(65536) else None) as port:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+        assert not answers(f"http://127.0.0.1:{port}/"), "a page that is not there"
+    with serving(
+        lambda line: line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") if line.recv(65536) else None
+    ) as port:
+        assert answers(f"http://127.0.0.1:{port}/")
+    assert not answers(f"http://127.0.0.1:{closed_port()}/")
 
 
 def test_a_process_that_hides_its_environment_is_known_by_its_arguments(tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import pwd
 from pathlib import Path
 
 import pytest
 
-from shared.rights import not_permitted, words_of
+from shared.rights import not_permitted, user_name, words_of
 
-ME = pwd.getpwuid(os.geteuid()).pw_name
+ME = user_name(os.geteuid())
 
 
 def test_a_file_of_ones_own_is_said_to_be_so(tmp_path: Path) -> None:

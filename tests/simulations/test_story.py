@@ -17,6 +17,7 @@ from server.checkpoint import load_checkpoint
 from server.evaluate import evaluate_unseen
 from server.report import write_report
 from server.runs import read_config, read_rounds, read_summary
+from shared.processes import owned
 from simulations.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server
@@ -33,19 +34,6 @@ def nested(flat: dict) -> dict:
     return sections
 
 
-def children_of_session(pid: int) -> list[int]:
-    """Processes that still run in the session that a process led."""
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == pid and fields[0] != "Z":
-            alive.append(int(stat.parent.name))
-    return alive
-
-
 def test_flower_runs_the_same_training_and_nothing_stays(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
     flat = small_config(
         run__folder=str(tmp_path / "runs"), run__id="flower", simulation__hospitals=str(copied_hospitals.root)
@@ -53,7 +41,6 @@ def test_flower_runs_the_same_training_and_nothing_stays(copied_hospitals: Small
     chosen = tmp_path / "run.toml"
     chosen.write_text(tomli_w.dumps(nested(flat)))
     with start_superlink(tmp_path / "flwr") as link:
-        leader = link.pid
         run_id = run_app(link, ROOT, chosen, supernodes=2)
         listed = subprocess.run([link.flwr, "list", CONNECTION], env=link.environment, capture_output=True, text=True)
         log = subprocess.run(
@@ -69,7 +56,7 @@ def test_flower_runs_the_same_training_and_nothing_stays(copied_hospitals: Small
     assert str(run_id) in listed.stdout
     assert "round 2/2: 2 hospitals" in log.stdout + log.stderr
     assert "finished:failed" in str(failure.value)
-    assert children_of_session(leader) == []
+    assert owned(tmp_path / "flwr") == [], "nothing stays"
 
     folder = tmp_path / "runs" / "flower"
     evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
