@@ -25,6 +25,7 @@ from client.enrol import read_known_centre
 from client.gate import RUNNING
 from shared.enrol import EnrolError
 from shared.processes import HeldError, end_owned, flower_environment, hold, is_alive
+from shared.rights import user_name
 from shared.site import Site
 from shared.units import unit_text
 
@@ -222,10 +223,7 @@ def _reason(line: str) -> str:
 
 def site_unit(site_yaml: Path, user: bool) -> str:
     """A systemd unit for the daemon; of the system, it runs as whoever owns site.yaml."""
-    try:
-        owner = site_yaml.owner()
-    except KeyError:  # a user without a name, whom systemd takes by number
-        owner = str(site_yaml.stat().st_uid)
+    owner = user_name(site_yaml.stat().st_uid)
     return unit_text(
         f"hemafed: {site_yaml.parent.name} takes part in federated training",
         ["hemafed-client", "join", str(site_yaml)],

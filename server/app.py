@@ -35,6 +35,7 @@ from server.runs import (
     forget_test,
     open_run,
     read_rounds,
+    record_config,
     save_tally,
     update_summary,
     write_patiently,
@@ -62,6 +63,7 @@ from shared.wire import (
 app = ServerApp()
 
 HEADS = TENSOR_GROUPS[1:]
+MOST_ADAM_RATE = 0.1
 PROBE_WORDS = "federation.heads = 'probe' and federation.development_site, data of your own on which a head for classification is fitted"
 # What would end the same if it were tried again.
 FINAL = (
@@ -87,6 +89,11 @@ def main(grid: Grid, context: Context) -> None:
     if settings.heads == "ensemble" and settings.share == "all":
         raise ConfigError(
             "federation.heads is 'ensemble' and federation.share is 'all': the hospitals have one set of heads; use 'average'"
+        )
+    if settings.strategy == "fedadam" and settings.server_learning_rate > MOST_ADAM_RATE:
+        raise ConfigError(
+            f"federation.server_learning_rate is {settings.server_learning_rate:g} with federation.strategy = 'fedadam', which moves "
+            f"every value by about that much in a round; expected at most {MOST_ADAM_RATE:g}"
         )
     run = open_run(config)
     write_status(run, "running", what="the start")
@@ -126,12 +133,12 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         say(f"resuming after round {saved.round_number}")
 
     session = Session(grid, settings, run, registered=partial(registered_nodes, run.parent.parent))
-    members = gather(session)
+    # Whether the run can end with a whole model is better known before hospitals train for days.
+    members = gather(session, partial(keeps_heads, settings))
     for member in members:
         say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
-    update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
     if first == 1:
-        check_heads(members, settings)
+        update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
         write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
         save_checkpoint(run / "checkpoint", 0, arrays, strategy)
         say("testing the initial model")
@@ -151,26 +158,20 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     write_status(run, "running", what="the test of the final model")
     members = gather(session)
     heads = final_heads(grid, members, config, run.name, arrays, model)
+    record_config(run, config)  # of a resumed run other heads may have been asked for, and here they are
     test_seen(grid, members, run, "final", config, arrays, heads)
     finish(run, members)
     say(f"done: {run / 'report.html'}")
 
 
-def check_heads(members: list[Member], settings: FederationSettings) -> None:
-    """That the run can end with a whole model: it is better known before hospitals train for days.
-
-    Raises:
-      QuorumError: with average or ensemble, fewer hospitals than federation.quorum release their heads.
-    """
-    if settings.share == "all" or settings.heads == "probe":
-        return
-    keep = [m.site for m in members if not m.release.issuperset(HEADS)]
-    if len(members) - len(keep) < settings.quorum:
-        raise QuorumError(
-            f"federation.heads = {settings.heads!r} needs the heads of {settings.quorum} hospitals (federation.quorum) at the "
-            f"end, and of the {len(members)} that are there {', '.join(keep)} release none; ask them for policy.release: "
-            f"[{', '.join(TENSOR_GROUPS)}], or use {PROBE_WORDS}"
-        )
+def keeps_heads(settings: FederationSettings, member: Member) -> str:
+    """Why a hospital cannot give what the final model needs as heads; empty if it can, or if none are needed."""
+    if settings.share == "all" or settings.heads == "probe" or member.release.issuperset(HEADS):
+        return ""
+    return (
+        f"its policy.release is {sorted(member.release)}, and federation.heads = {settings.heads!r} needs its heads at the end; ask it "
+        f"for {list(TENSOR_GROUPS)}, or use {PROBE_WORDS}"
+    )
 
 
 def final_heads(

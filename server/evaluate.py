@@ -7,6 +7,7 @@ hospitals' validation slices alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from server.checkpoint import load_checkpoint, read_tensors
-from server.examples import EXAMPLES, draw_examples
-from server.runs import load_tallies, read_summary, save_tally, update_summary
+from server.examples import draw_examples
+from server.runs import (
+    EXAMPLES,
+    STAGES,
+    load_tallies,
+    read_config,
+    read_rounds,
+    read_summary,
+    save_tally,
+    update_summary,
+)
 from shared.batches import read_batch
 from shared.config import RunConfig
 from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
@@ -28,8 +38,8 @@ from shared.model import MultiTaskSwin, autocast
 from shared.scoring import best_device, build_model, score_slices
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
+from shared.wire import group
 
-STAGES = ("initial", "final")
 PROBE_BATCH = 32
 
 
@@ -103,19 +113,62 @@ def evaluate_unseen(
       site_files: site.yaml of each held-out site.
     Raises:
       EvaluationError, SiteError, CacheError: a site cannot be used; nothing is written then.
+      RunError: counts of an earlier test are not of this run.
     """
     sites = [open_held_out(path) for path in site_files]
     if len({site.name for site, _ in sites}) != len(sites):
         raise EvaluationError(f"sites {[site.name for site, _ in sites]}: a name stands twice; expected each site once")
+    trained = {site.name for site, _ in sites} & trained_sites(run)
+    if trained:
+        raise EvaluationError(f"sites {sorted(trained)} trained in this run; expected hospitals that never did")
+    check_unseen(run)
     models = {stage: load_model(run, config, stage) for stage in STAGES}
     for stage, (model, heads) in models.items():
+        tested = model_hash(model, heads)
         for site, cache in sites:
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
-            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config))
+            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config), tested)
     draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
     counts = {site.name: cache.counts() | {"role": site.role} for site, cache in sites}
     update_summary(run, {"sites": read_summary(run).get("sites", {}) | counts})
     summarise_run(run)
+
+
+def trained_sites(run: Path) -> set[str]:
+    """Names of the sites that took part in a round."""
+    return {site for line in read_rounds(run) for site in line["sites"]}
+
+
+def model_hash(model: MultiTaskSwin, heads: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """12 hexadecimal digits of a global model: its encoder and its sets of heads."""
+    digest = hashlib.sha256()
+    encoder = {name: value for name, value in model.state_dict().items() if group(name) == "encoder"}
+    for tensors in (encoder, *heads):
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def check_unseen(run: Path) -> None:
+    """That the counts of held-out hospitals, which may have come from other machines, are of this run's models.
+
+    Raises:
+      EvaluationError, RunError: a file is of another model or site, of a site that trained, or alone.
+    """
+    sites = {stage: {path.stem for path in (run / "evaluation" / stage / "unseen").glob("*.npz")} for stage in STAGES}
+    alone = sites["initial"] ^ sites["final"]
+    if alone:
+        raise EvaluationError(
+            f"counts of {sorted(alone)} are in one of {' and '.join(str(run / 'evaluation' / s / 'unseen') for s in STAGES)}; expected in "
+            "both: the hospital sends two files"
+        )
+    trained = sites["final"] & trained_sites(run)
+    if trained:
+        raise EvaluationError(
+            f"counts of {sorted(trained)} are among the unseen, and these trained in this run; remove them"
+        )
+    for stage in STAGES if sites["final"] else ():
+        load_tallies(run, stage, "unseen", model_hash(*load_model(run, read_config(run), stage)))
 
 
 def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:

@@ -19,7 +19,6 @@ from shared.gradcam import grad_cam
 from shared.model import MultiTaskSwin, autocast
 from shared.slices import SliceCache
 
-EXAMPLES = "examples.png"
 COLUMNS = ("slice and mask", "prediction", "reconstruction", "Grad-CAM")
 BRAIN_WINDOW_HU = (0.0, 80.0)
 

@@ -13,8 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from server.examples import EXAMPLES
-from server.runs import load_tallies, read_config, read_rounds, read_summary
+from server.runs import EXAMPLES, load_tallies, read_config, read_rounds, read_summary
 from shared.metrics import merge_tallies, roc_points
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
 

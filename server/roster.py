@@ -22,6 +22,7 @@ from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, however large
 LATE_LOOK_S = 1.0  # between two rounds; the look goes on meanwhile
+SILENT_S = 600.0  # a hello that is not answered for so long was lost
 HELLO_TIMEOUT_S = 60.0
 WORD_S = 60.0  # between two words about the same wait
 
@@ -87,7 +88,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Late:
-    """An answer that did not come by its round's deadline.
+    """An answer that did not come by its deadline.
 
     Attributes:
       look: by which it can still be fetched.
@@ -98,6 +99,11 @@ class Late:
     since: float
     until: float
 
+    def fetch(self) -> tuple[Message | None, bool]:
+        """The answer if it is there now, and whether no more is to be expected."""
+        reply = self.look(LATE_LOOK_S)
+        return reply, reply is not None or time.monotonic() >= self.until
+
 
 @dataclass
 class Roster:
@@ -105,7 +111,7 @@ class Roster:
 
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
-    silent: set[int] = field(default_factory=set)
+    silent: dict[int, Late] = field(default_factory=dict)
     late: dict[str, Late] = field(default_factory=dict)
 
     def training(self, online: set[int]) -> list[Member]:
@@ -116,11 +122,11 @@ class Roster:
     def fetch_late(self) -> None:
         """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
         for site, late in list(self.late.items()):
-            came = late.look(LATE_LOOK_S) is not None
-            if came or time.monotonic() >= late.until:
+            reply, over = late.fetch()
+            if over:
                 del self.late[site]
                 ago = time.monotonic() - late.since
-                what = f"answered {ago:.0f} s after the deadline" if came else f"gave no answer for {ago:.0f} s"
+                what = f"answered {ago:.0f} s after the deadline" if reply else f"gave no answer for {ago:.0f} s"
                 print(f"  {site} {what}; it is asked again", flush=True)
 
 
@@ -144,35 +150,52 @@ class Session:
 
 
 def greet(session: Session) -> None:
-    """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals."""
+    """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals.
+
+    A node that does not answer in time is not waited for again, which would cost each round a minute; its answer is fetched
+    when it has come.
+    """
     grid, roster, registered = session.grid, session.roster, session.registered()
+    for node_id, late in list(roster.silent.items()):
+        reply, over = late.fetch()
+        if over:
+            del roster.silent[node_id]
+        if reply is not None:
+            _welcome(session, node_id, reply, registered)
     known = {m.node_id for m in roster.members.values()}
     new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused and n not in roster.silent]
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
-    for name, reply in receive(grid, messages, HELLO_TIMEOUT_S):
+    missed: dict[str, Look] = {}
+    for name, reply in receive(grid, messages, HELLO_TIMEOUT_S, missed):
         node_id = int(name)
-        if reply is None:
-            roster.silent.add(
-                node_id
-            )  # not waited for again while there is a quorum: each time would cost the round a minute
-            who = registered.get(node_id, f"node {node_id}")
-            print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out", flush=True)
+        if reply is not None:
+            _welcome(session, node_id, reply, registered)
             continue
-        try:
-            member = _read_hello(node_id, reply)
-            if registered and registered.get(node_id) != member.site:
-                raise UpdateError(
-                    f"says that it is site {member.site!r}, and is registered as {registered.get(node_id, 'none')!r}; 'site' in its "
-                    "site.yaml must be the name that was invited"
-                )
-            other = roster.members.get(member.site)
-            if other is not None and other.node_id in set(grid.get_node_ids()):
-                raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
-        except UpdateError as error:
-            roster.refused[node_id] = f"{registered.get(node_id, f'node {node_id}')}: {error}"
-            print(f"  left out: {roster.refused[node_id]}", flush=True)
-            continue
-        roster.members[member.site] = member
+        who = registered.get(node_id, f"node {node_id}")
+        print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out until it does", flush=True)
+        if name in missed:
+            now = time.monotonic()
+            roster.silent[node_id] = Late(missed[name], now, now + SILENT_S)
+
+
+def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping[int, str]) -> None:
+    """Put who answered 'hello' into the roster, among the members or the refused."""
+    roster = session.roster
+    try:
+        member = _read_hello(node_id, reply)
+        if registered and registered.get(node_id) != member.site:
+            raise UpdateError(
+                f"says that it is site {member.site!r}, and is registered as {registered.get(node_id, 'none')!r}; 'site' in its "
+                "site.yaml must be the name that was invited"
+            )
+        other = roster.members.get(member.site)
+        if other is not None and other.node_id in set(session.grid.get_node_ids()):
+            raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
+    except UpdateError as error:
+        roster.refused[node_id] = f"{registered.get(node_id, f'node {node_id}')}: {error}"
+        print(f"  left out: {roster.refused[node_id]}", flush=True)
+        return
+    roster.members[member.site] = member
 
 
 def _read_hello(node_id: int, reply: Message) -> Member:
@@ -189,11 +212,14 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     return Member(node_id, site, role, weight, frozenset(release.split(",")), counts)
 
 
-def gather(session: Session) -> list[Member]:
+def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "") -> list[Member]:
     """The training hospitals that are connected and free, waiting up to wait_s for a quorum of them.
 
     Whoever looks at the run meanwhile is told who is there, in the log and in the run's status.
 
+    Args:
+      session: the run's.
+      lacks: why a hospital does not count towards the quorum, though it takes part; empty if it does.
     Raises:
       QuorumError: fewer than federation.quorum.
     """
@@ -204,9 +230,10 @@ def gather(session: Session) -> list[Member]:
         greet(session)
         roster.fetch_late()
         ready = roster.training(set(grid.get_node_ids()))
-        if len(ready) >= settings.quorum:
+        lacking = {m.site: why for m in ready if (why := lacks(m))}
+        if len(ready) - len(lacking) >= settings.quorum:
             return ready
-        here = ", ".join(m.site for m in ready) or "none"
+        here = ", ".join(m.site + " (not counted)" * (m.site in lacking) for m in ready) or "none"
         busy = f"; busy with an earlier round: {', '.join(sorted(roster.late))}" if roster.late else ""
         what = f"{settings.quorum} hospitals (federation.quorum), {len(ready)} are there: {here}{busy}"
         now = time.monotonic()
@@ -216,9 +243,9 @@ def gather(session: Session) -> list[Member]:
             told = now
             write_status(session.run, "waiting", what=what)
             print(f"waiting for {what}", flush=True)
-        roster.silent.clear()  # the run waits anyway: a hospital that was only slow is asked once more
         time.sleep(1.0)
-    reasons = "".join(f"\n  {why}" for why in roster.refused.values())
+    told = [*roster.refused.values(), *(f"{site}: {why}" for site, why in lacking.items())]
+    reasons = "".join(f"\n  {why}" for why in told)
     raise QuorumError(
         f"{len(ready)} training hospitals are connected ({here}), federation.quorum is {settings.quorum}, and nobody came for "
         f"{settings.wait_s:g} s (federation.wait_s); start more, or lower federation.quorum{busy}{reasons}"

@@ -13,6 +13,7 @@ import shutil
 import time
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,8 +25,24 @@ import tomli_w
 from server.files import replace_text
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
+from shared.wire import tally_from_arrays, tally_to_arrays
 
 DISK_PAUSE_S = 15.0
+STAGES = ("initial", "final")
+EXAMPLES = "examples.png"  # in evaluation/: slices of held-out hospitals
+# What numpy raises where a file is not what it should be, whatever it is.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 # Keys that may change when a run is resumed: how long hospitals are waited for, and what is done after the last round.
 _FREE = (*PLACES, "federation.wait_s", "federation.round_deadline_s", "federation.heads", "federation.development_site")
 
@@ -45,12 +62,18 @@ def open_run(config: RunConfig) -> Path:
     check_run(root, name, config)
     run = root / name
     (run / "checkpoint").mkdir(parents=True, exist_ok=True)
-    replace_text(run / "config.toml", tomli_w.dumps(asdict(config)))
+    if not config.run.resume:
+        record_config(run, config)
     link = root / f".latest-{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, root / "latest")
     return run
+
+
+def record_config(run: Path, config: RunConfig) -> None:
+    """Write config.toml: what the run's results are of."""
+    replace_text(run / "config.toml", tomli_w.dumps(asdict(config)))
 
 
 def check_run(root: Path, name: str, config: RunConfig) -> None:
@@ -210,39 +233,61 @@ def _line(text: str) -> dict | None:
 
 
 def forget_test(run: Path, stage: str) -> None:
-    """Remove heads and counts of a test of the "initial" or the "final" model: what comes is of another model."""
+    """Remove heads and counts of a test of the "initial" or the "final" model, for what comes may be of other heads.
+
+    And all of held-out hospitals, which are tested with both models.
+    """
     for path in (run / "checkpoint").glob(f"heads-{stage}-*.safetensors"):
         path.unlink()
-    shutil.rmtree(run / "evaluation" / stage, ignore_errors=True)
+    for folder in (stage, *(f"{one}/unseen" for one in STAGES)):
+        shutil.rmtree(run / "evaluation" / folder, ignore_errors=True)
+    (run / "evaluation" / EXAMPLES).unlink(missing_ok=True)
 
 
-def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally) -> None:
-    """Keep a site's counts: evaluation/<stage>/<part>/<site>.npz."""
+def save_tally(run: Path, stage: str, part: str, site: str, tally: Tally, model: str = "") -> None:
+    """Keep a site's counts: evaluation/<stage>/<part>/<site>.npz.
+
+    Args:
+      run, stage, part: see load_tallies.
+      site: whose.
+      tally: the counts.
+      model: hash of what was tested, for counts that are sent from one machine to another.
+    """
     path = run / "evaluation" / stage / part / f"{site}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **asdict(tally))
+    np.savez_compressed(path, **tally_to_arrays(tally), site=site, model=model)
 
 
-def load_tallies(run: Path, stage: str, part: str) -> dict[str, Tally]:
-    """Site -> counts, for stage "initial" or "final" and part "val", "seen" or "unseen".
+def load_tallies(run: Path, stage: str, part: str, model: str = "") -> dict[str, Tally]:
+    """Site -> counts.
 
+    Args:
+      run: the run's folder.
+      stage: "initial" or "final".
+      part: "val", "seen" or "unseen".
+      model: hash of the model that they must be of; "" takes any.
     Raises:
-      RunError: a file holds no counts; a held-out hospital may have sent it.
+      RunError: a file holds no counts of that site and model; a held-out hospital may have sent it.
     """
+    replicates = 0 if part == "val" else read_config(run).evaluation.replicates
     tallies = {}
     for path in sorted((run / "evaluation" / stage / part).glob("*.npz")):
         try:
             with np.load(path) as file:
-                tallies[path.stem] = Tally(file["counts"], file["dice_sum"], file["dice_slices"], int(file["patients"]))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                values = {name: file[name] for name in file.files}
+            site, tested = (str(values.pop(name)) for name in ("site", "model"))
+            tallies[path.stem] = tally_from_arrays(values, replicates)
+        except UNREADABLE as error:
             raise RunError(
-                f"{path} holds no counts of a test ({type(error).__name__}); get it again from who wrote it, or remove it"
+                f"{path} holds no counts of a test ({type(error).__name__}: {error}); get it again from who wrote it, or remove it"
             ) from error
-    if len({tally.counts.shape for tally in tallies.values()}) > 1:
-        raise RunError(
-            f"counts in {run / 'evaluation' / stage / part} are of different numbers of bootstrap samples; all must be of this run "
-            "(its config.toml: evaluation.replicates)"
-        )
+        if site != path.stem:
+            raise RunError(f"{path} holds counts of site {site!r}; a file has its site's name, and each site one file")
+        if model and tested != model:
+            raise RunError(
+                f"{path} is a test of another model ({tested}) than this run's {stage} one ({model}); let {site} test this run again, or "
+                "remove it"
+            )
     return tallies
 
 

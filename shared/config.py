@@ -199,7 +199,6 @@ _LEAST: dict[str, float] = {
     "federation.server_momentum": 0,
     "evaluation.replicates": 100,
 }
-_MOST_ADAM_RATE = 0.1  # above it the encoder's values, themselves of this size, would be lost in a round
 _ABOVE_ZERO = (
     "train.learning_rate",
     "train.matrix_rate",
@@ -266,12 +265,6 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")
     _check_rule(config.federation)
-    rate = config.federation.server_learning_rate
-    if config.federation.strategy == "fedadam" and rate > _MOST_ADAM_RATE:
-        raise ConfigError(
-            f"federation.server_learning_rate is {rate:g} with federation.strategy = 'fedadam', which moves every value by about that "
-            f"much in a round; expected at most {_MOST_ADAM_RATE:g}, such as 0.003"
-        )
     return config
 
 

@@ -122,12 +122,9 @@ def flower_environment(owner: Path, home: Path, **more: str) -> dict[str, str]:
         **more,
     }
     environment.pop("PYTHONPATH", None)
-    for name in (
-        "NO_PROXY",
-        "no_proxy",
-    ):  # programs read the one or the other; ours speak to each other on this machine
-        environment[name] = ",".join(filter(None, (environment.get(name), "127.0.0.1", "localhost")))
-    return environment
+    # Ours speak to each other on this machine; programs read the one name or the other.
+    spared = ",".join(filter(None, (environment.get("no_proxy"), environment.get("NO_PROXY"), "127.0.0.1,localhost")))
+    return environment | {"no_proxy": spared, "NO_PROXY": spared}
 
 
 def answers(url: str, trust: ssl.SSLContext | None = None) -> bool:

@@ -33,8 +33,8 @@ def _nearest(path: Path) -> Path:
 
 
 def user_name(number: int) -> str:
-    """Of a user; the number where there is no name."""
+    """A user's name; the number where there is none."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
-        return f"user {number}"
+        return str(number)

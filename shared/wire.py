@@ -128,20 +128,18 @@ def shapes_of(arrays: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in arrays.items()}
 
 
-def tally_to_record(tally: Tally) -> ArrayRecord:
-    """Counts as a Flower record; they leave the hospital."""
-    return ArrayRecord(
-        {
-            "counts": Array(tally.counts.astype(np.int32)),
-            "dice_sum": Array(tally.dice_sum.astype(np.float64)),
-            "dice_slices": Array(tally.dice_slices.astype(np.int32)),
-            "patients": Array(np.array([tally.patients], dtype=np.int32)),
-        }
-    )
+def tally_to_arrays(tally: Tally) -> dict[str, NDArray]:
+    """Counts as arrays, as they are sent and kept."""
+    return {
+        "counts": tally.counts.astype(np.int32),
+        "dice_sum": tally.dice_sum.astype(np.float64),
+        "dice_slices": tally.dice_slices.astype(np.int32),
+        "patients": np.array([tally.patients], dtype=np.int32),
+    }
 
 
-def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
-    """Counts from a Flower record.
+def tally_from_arrays(values: Mapping[str, NDArray], replicates: int) -> Tally:
+    """Counts from arrays.
 
     Raises:
       UpdateError: an array is missing, of another shape or dtype, negative or not finite.
@@ -153,22 +151,34 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
         "dice_slices": ("int32", (rows,)),
         "patients": ("int32", (1,)),
     }
-    if record.keys() != expected.keys():
-        raise UpdateError(f"tally has arrays {sorted(record.keys())}, expected {sorted(expected)}")
-    values = {}
+    if values.keys() != expected.keys():
+        raise UpdateError(f"tally has arrays {sorted(values.keys())}, expected {sorted(expected)}")
     for name, (dtype, shape) in expected.items():
-        value = _decoded(record[name], f"tally {name}")
+        value = values[name]
         if value.shape != shape or value.dtype != dtype:
             raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {dtype} {shape}")
         if not np.isfinite(value).all() or (value < 0).any():
             raise UpdateError(f"tally {name}: expected finite values of at least 0")
-        values[name] = value
     return Tally(
         counts=values["counts"].astype(np.int64),
         dice_sum=values["dice_sum"],
         dice_slices=values["dice_slices"].astype(np.int64),
         patients=int(values["patients"][0]),
     )
+
+
+def tally_to_record(tally: Tally) -> ArrayRecord:
+    """Counts as a Flower record; they leave the hospital."""
+    return ArrayRecord({name: Array(value) for name, value in tally_to_arrays(tally).items()})
+
+
+def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
+    """Counts from a Flower record.
+
+    Raises:
+      UpdateError: an array is missing, of another shape or dtype, negative or not finite.
+    """
+    return tally_from_arrays({name: _decoded(array, f"tally {name}") for name, array in record.items()}, replicates)
 
 
 def groups_shared(share: str) -> tuple[str, ...]:

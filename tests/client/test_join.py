@@ -349,7 +349,7 @@ def test_the_unit_of_a_user_is_written_where_systemd_looks_for_it(
 def test_the_unit_of_the_system_runs_as_the_owner_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site_yaml = tmp_path / "site.yaml"
     site_yaml.touch()
-    assert ("User=" in site_unit(site_yaml, user=False)) == (site_yaml.owner() != "root")
-    monkeypatch.setattr(Path, "owner", lambda self: "radiology")
+    assert ("User=" in site_unit(site_yaml, user=False)) == (site_yaml.stat().st_uid != 0)
+    monkeypatch.setattr(client.join, "user_name", lambda number: "radiology")
     assert "\nUser=radiology\n" in site_unit(site_yaml, user=False)
     assert "User=" not in site_unit(site_yaml, user=True), "a user's own manager runs as that user"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from server.checkpoint import load_checkpoint, read_tensors
 from server.evaluate import EvaluationError, evaluate_unseen
@@ -181,8 +182,8 @@ def test_heads_that_a_policy_keeps_stop_the_run_before_anybody_trains(
     copied_hospitals: SmallHospitals, tmp_path: Path
 ) -> None:
     edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
-    with pytest.raises(QuorumError, match=r"of the 2 that are there hospital-02 release none.*policy\.release"):
-        run(copied_hospitals, tmp_path, federation__rounds=1)
+    with pytest.raises(QuorumError, match=r"hospital-02 \(not counted\)[\s\S]*its policy\.release is \['encoder'\]"):
+        run(copied_hospitals, tmp_path, federation__rounds=1, federation__wait_s=0.0)
     assert not (tmp_path / "latest" / "rounds.jsonl").exists()
 
 
@@ -193,10 +194,12 @@ def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_pla
     evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
     before = (folder / "rounds.jsonl").read_text()
     edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
-    again = {"run__id": "late", "run__resume": True, "federation__rounds": 1}
-    with pytest.raises(QuorumError, match=r"heads came from 1 hospitals[\s\S]*policy.release"):
+    again = {"run__id": "late", "run__resume": True, "federation__rounds": 1, "federation__wait_s": 0.0}
+    with pytest.raises(QuorumError, match=r"hospital-02: its policy\.release"):
         run(copied_hospitals, tmp_path, **again)
     assert "unseen" in read_summary(folder)["evaluation"], "what was tested before is not lost"
+    assert read_config(folder).federation.heads == "average", "and is said to be of what it is"
+    assert read_summary(folder)["rounds"] == 1
     probe = {
         "federation__heads": "probe",
         "federation__development_site": str(copied_hospitals.files["hospital-01"]),
@@ -205,7 +208,9 @@ def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_pla
     assert (folder / "rounds.jsonl").read_text() == before
     assert read_config(folder).federation.heads == "probe"
     assert [path.name for path in (folder / "checkpoint").glob("heads-final-*")] == ["heads-final-probe.safetensors"]
-    assert "unseen" not in read_summary(folder)["evaluation"], "it was of the model with other heads"
+    summary = read_summary(folder)
+    assert "unseen" not in summary["evaluation"] | summary["evaluation_before_training"], "it was of other heads"
+    assert not (folder / "evaluation" / "examples.png").exists()
 
 
 def test_counts_that_held_out_hospitals_send_complete_the_report(
@@ -224,17 +229,103 @@ def test_counts_that_held_out_hospitals_send_complete_the_report(
     assert here["unseen"] == there["unseen"]
     assert "hospital-05" in (folder / "report.html").read_text()
 
-    shutil.copy(place / "hospital-05.npz", place / "hospital-06.npz")
-    report_anew(folder)
-    assert set(read_summary(folder)["evaluation"]["per_site"]) >= {"hospital-05", "hospital-06"}
-    (place / "hospital-06.npz").write_bytes(b"a letter")
-    with pytest.raises(RunError, match=r"hospital-06\.npz holds no counts of a test"):
+
+def test_heads_that_do_not_come_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    def refuse(asked: Message, reply: Message) -> Message:
+        refused = asked.metadata.message_type == "query.heads" and asked.metadata.dst_node_id == 2
+        return Message(Error(1001, "the disk is full"), reply_to=asked) if refused else reply
+
+    flat = small_config(run__folder=str(tmp_path), federation__rounds=1)
+    grid = LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=refuse)
+    with pytest.raises(
+        QuorumError, match=r"heads came from 1 hospitals[\s\S]*resume[\s\S]*hospital-02: the disk is full"
+    ):
+        run_server(grid, flat)
+    assert load_checkpoint(tmp_path / "latest" / "checkpoint").round_number == 1, "the encoder is not lost"
+
+
+def sent(folder: Path, stage: str = "final") -> Path:
+    return folder / "evaluation" / stage / "unseen" / "hospital-05.npz"
+
+
+def _renamed(path: Path) -> None:
+    for stage in ("initial", "final"):
+        file = path.parents[2] / stage / "unseen" / path.name
+        file.rename(file.with_name("hospital-06.npz"))
+
+
+def _letter(path: Path) -> None:
+    path.write_bytes(b"a letter")
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _one_array(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def _fewer_samples(path: Path) -> None:
+    _change(path, lambda values: values | {"counts": values["counts"][:5]})
+
+
+def _negative(path: Path) -> None:
+    _change(path, lambda values: values | {"counts": -values["counts"]})
+
+
+def _other_model(path: Path) -> None:
+    _change(path, lambda values: values | {"model": "0123456789ab"})
+
+
+def _change(path: Path, change: Callable[[dict], dict]) -> None:
+    with np.load(path) as file:
+        values = {name: file[name] for name in file.files}
+    np.savez_compressed(path, **change(values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_renamed, r"hospital-06\.npz holds counts of site 'hospital-05'"),
+        (_letter, r"hospital-05\.npz holds no counts of a test"),
+        (_empty, r"hospital-05\.npz holds no counts of a test"),
+        (_cut, r"hospital-05\.npz holds no counts of a test"),
+        (_one_array, r"hospital-05\.npz holds no counts of a test"),
+        (_fewer_samples, r"hospital-05\.npz holds no counts of a test .*tally counts: int32 \(5, 2, 1000\)"),
+        (_negative, r"hospital-05\.npz holds no counts of a test .*of at least 0"),
+        (_other_model, r"hospital-05\.npz is a test of another model \(0123456789ab\) than this run's final one"),
+        (Path.unlink, r"counts of \['hospital-05'\] are in one of .*the hospital sends two files"),
+    ],
+)
+def test_counts_that_are_not_of_this_run_are_refused(
+    finished: Path, tmp_path: Path, spoil: Callable[[Path], None], told: str
+) -> None:
+    folder = tmp_path / "story"
+    shutil.copytree(finished.resolve(), folder)
+    before = (folder / "report.html").read_bytes()
+    spoil(sent(folder))
+    with pytest.raises((RunError, EvaluationError), match=told):
         report_anew(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_a_report_of_no_run_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run"):
+        report_anew(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_site_is_tested_beside_the_first(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
+    flat = small_config(run__folder=str(tmp_path), run__id="alone", federation__rounds=1, federation__quorum=1)
+    run_server(LoopbackGrid([copied_hospitals.files["hospital-01"]], flat), flat)
     edit_site(copied_hospitals.files["hospital-02"], role="held-out")
+    folder = tmp_path / "alone"
     for name in ("hospital-05", "hospital-02"):
         evaluate_unseen(folder, read_config(folder), [copied_hospitals.files[name]])
     unseen = [s for s, r in read_summary(folder)["evaluation"]["per_site"].items() if r["part"] == "unseen"]
@@ -285,6 +376,7 @@ def test_sharing_all_needs_no_heads(copied_hospitals: SmallHospitals, tmp_path: 
         ({"federation__epochs": 1}, ConfigError, "unknown config key 'federation.epochs'"),
         ({"federation__heads": "probe"}, ConfigError, "development_site is empty"),
         ({"federation__heads": "ensemble", "federation__share": "all"}, ConfigError, "use 'average'"),
+        ({"federation__strategy": "fedadam"}, ConfigError, "federation.server_learning_rate is 1 with"),
         ({"run__id": "none", "run__resume": True}, RunError, "no run 'none'"),
     ],
 )
@@ -314,6 +406,12 @@ def test_a_hospital_that_trained_is_no_test(finished: Path, hospitals: SmallHosp
         evaluate_unseen(
             finished, read_config(finished), [hospitals.files["hospital-05"], hospitals.files["hospital-01"]]
         )
+    edit_site(hospitals.files["hospital-01"], role="held-out")
+    try:
+        with pytest.raises(EvaluationError, match=r"sites \['hospital-01'\] trained in this run"):
+            evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-01"]])
+    finally:
+        edit_site(hospitals.files["hospital-01"], role="train")
     with pytest.raises(EvaluationError, match="stands twice"):
         evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"]] * 2)
     assert (finished / "summary.json").read_text() == before

@@ -129,23 +129,29 @@ def test_replies_come_one_at_a_time_in_order_of_names(two: SmallHospitals) -> No
     assert [name for name, _ in replies] == ["2"]
 
 
-def test_a_hospital_that_was_slow_to_say_who_it_is_is_asked_again_while_the_run_waits(
+def test_a_hospital_that_was_slow_to_say_who_it_is_takes_part_once_it_has(
     two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roster, "HELLO_TIMEOUT_S", 0.1)
     monkeypatch.setattr(roster, "LAST_LOOK_S", 0.1)
-    hellos = []
-
-    def lose_the_first(asked: Message, reply: Message) -> Message | None:
-        if asked.metadata.dst_node_id == 2:
-            hellos.append(asked)
-        return None if len(hellos) == 1 and asked.metadata.dst_node_id == 2 else reply
-
     flat = small_config(federation__wait_s=60.0)
-    grid = LoopbackGrid([two.files[n] for n in NAMES], flat, change=lose_the_first)
+    grid = LoopbackGrid([two.files[n] for n in NAMES], flat, late={2: 6})
     session, _, _ = beginning(grid, flat, two)
     assert [member.site for member in gather(session)] == NAMES
-    assert len(hellos) == 2
+    assert [message.metadata.dst_node_id for message in grid.asked] == [1, 2], "asked once"
+    assert not session.roster.silent
+
+
+def test_who_lacks_something_takes_part_but_makes_no_quorum(two: SmallHospitals) -> None:
+    flat = small_config(federation__quorum=1, federation__wait_s=0.0)
+    grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
+    session, _, _ = beginning(grid, flat, two)
+    one = gather(session, lambda member: "no heads" if member.site == "hospital-02" else "")
+    assert [member.site for member in one] == NAMES
+    with pytest.raises(
+        QuorumError, match=r"hospital-02 \(not counted\)[\s\S]*hospital-01: no heads\n  hospital-02: no heads"
+    ):
+        gather(session, lambda member: "no heads")
 
 
 def test_public_weights_decide_the_mean(two: SmallHospitals) -> None:

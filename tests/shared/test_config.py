@@ -108,10 +108,3 @@ def test_the_mean_takes_any_quorum_and_the_median_whatever_may_be_faulty() -> No
 def test_a_rule_that_is_none_is_refused(flat: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(flat))} is .*; {text}"):
         parse_config(flat)
-
-
-def test_fedadam_with_the_rate_of_a_mean_is_refused() -> None:
-    flat = {"federation.strategy": "fedadam"}
-    with pytest.raises(ConfigError, match=r"server_learning_rate is 1 with federation\.strategy = 'fedadam'"):
-        parse_config(flat)
-    assert parse_config(flat | {"federation.server_learning_rate": 0.1}).federation.strategy == "fedadam"

@@ -24,7 +24,7 @@ def test_the_owner_of_the_file_or_of_the_nearest_folder_is_named(tmp_path: Path,
         (tmp_path / name).touch()
         os.chown(tmp_path / name, 54321, 54321)
     assert not_permitted(tmp_path / name) == (
-        f"may not be used by {ME}, who runs this command: it belongs to user 54321; run the command as user 54321, or give "
+        f"may not be used by {ME}, who runs this command: it belongs to 54321; run the command as 54321, or give "
         f"{ME} the right (chown, chmod)"
     )
 
