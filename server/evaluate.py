@@ -25,7 +25,6 @@ from server.runs import (
     EXAMPLES,
     STAGES,
     load_tallies,
-    read_config,
     read_rounds,
     read_summary,
     save_tally,
@@ -113,7 +112,7 @@ def evaluate_unseen(
       site_files: site.yaml of each held-out site.
     Raises:
       EvaluationError, SiteError, CacheError: a site cannot be used; nothing is written then.
-      RunError: counts of an earlier test are not of this run.
+      EvaluationError, RunError: counts of another site cannot be used; those of this call are kept.
     """
     sites = [open_held_out(path) for path in site_files]
     if len({site.name for site, _ in sites}) != len(sites):
@@ -121,13 +120,13 @@ def evaluate_unseen(
     trained = {site.name for site, _ in sites} & trained_sites(run)
     if trained:
         raise EvaluationError(f"sites {sorted(trained)} trained in this run; expected hospitals that never did")
-    check_unseen(run)
     models = {stage: load_model(run, config, stage) for stage in STAGES}
+    hashes = {stage: model_hash(*loaded) for stage, loaded in models.items()}
     for stage, (model, heads) in models.items():
-        tested = model_hash(model, heads)
         for site, cache in sites:
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
-            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config), tested)
+            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config), hashes[stage])
+    check_unseen(run, hashes.__getitem__)
     draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
     counts = {site.name: cache.counts() | {"role": site.role} for site, cache in sites}
     update_summary(run, {"sites": read_summary(run).get("sites", {}) | counts})
@@ -149,9 +148,12 @@ def model_hash(model: MultiTaskSwin, heads: Sequence[Mapping[str, torch.Tensor]]
     return digest.hexdigest()[:12]
 
 
-def check_unseen(run: Path) -> None:
+def check_unseen(run: Path, hash_of: Callable[[str], str]) -> None:
     """That the counts of held-out hospitals, which may have come from other machines, are of this run's models.
 
+    Args:
+      run: the run's folder.
+      hash_of: model_hash of the model of a stage; asked only where there are counts.
     Raises:
       EvaluationError, RunError: a file is of another model or site, of a site that trained, or alone.
     """
@@ -160,7 +162,7 @@ def check_unseen(run: Path) -> None:
     if alone:
         raise EvaluationError(
             f"counts of {sorted(alone)} are in one of {' and '.join(str(run / 'evaluation' / s / 'unseen') for s in STAGES)}; expected in "
-            "both: the hospital sends two files"
+            "both: the hospital sends two files; or test it again"
         )
     trained = sites["final"] & trained_sites(run)
     if trained:
@@ -168,7 +170,7 @@ def check_unseen(run: Path) -> None:
             f"counts of {sorted(trained)} are among the unseen, and these trained in this run; remove them"
         )
     for stage in STAGES if sites["final"] else ():
-        load_tallies(run, stage, "unseen", model_hash(*load_model(run, read_config(run), stage)))
+        load_tallies(run, stage, "unseen", hash_of(stage))
 
 
 def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from server.checkpoint import CheckpointError
-from server.evaluate import EvaluationError, check_unseen, evaluate_unseen, summarise_run
+from server.evaluate import EvaluationError, check_unseen, evaluate_unseen, load_model, model_hash, summarise_run
 from server.report import metric_text, write_report
 from server.runs import RunError, read_config, read_summary
 from shared.config import ConfigError
@@ -39,8 +39,8 @@ def report_anew(run: Path) -> Path:
     Raises:
       one of ERRORS.
     """
-    read_config(run)  # whether it is a run at all
-    check_unseen(run)
+    config = read_config(run)
+    check_unseen(run, lambda stage: model_hash(*load_model(run, config, stage)))
     summarise_run(run)
     return write_report(run)
 

@@ -209,7 +209,7 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     if not 0 < weight <= 1e6:
         raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
     counts = {key: int(value) for key, value in read_metrics(reply.content).items()}
-    return Member(node_id, site, role, weight, frozenset(release.split(",")), counts)
+    return Member(node_id, site, role, weight, frozenset(filter(None, release.split(","))), counts)
 
 
 def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "") -> list[Member]:

@@ -25,24 +25,12 @@ import tomli_w
 from server.files import replace_text
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.metrics import Tally
-from shared.wire import tally_from_arrays, tally_to_arrays
+from shared.wire import UNREADABLE, tally_from_arrays, tally_to_arrays
 
 DISK_PAUSE_S = 15.0
 STAGES = ("initial", "final")
 EXAMPLES = "examples.png"  # in evaluation/: slices of held-out hospitals
-# What numpy raises where a file is not what it should be, whatever it is.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    EOFError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_UNREADABLE = (*UNREADABLE, KeyError, IndexError, zipfile.BadZipFile, zlib.error)  # of a file of several arrays
 # Keys that may change when a run is resumed: how long hospitals are waited for, and what is done after the last round.
 _FREE = (*PLACES, "federation.wait_s", "federation.round_deadline_s", "federation.heads", "federation.development_site")
 
@@ -277,7 +265,7 @@ def load_tallies(run: Path, stage: str, part: str, model: str = "") -> dict[str,
                 values = {name: file[name] for name in file.files}
             site, tested = (str(values.pop(name)) for name in ("site", "model"))
             tallies[path.stem] = tally_from_arrays(values, replicates)
-        except UNREADABLE as error:
+        except _UNREADABLE as error:
             raise RunError(
                 f"{path} holds no counts of a test ({type(error).__name__}: {error}); get it again from who wrote it, or remove it"
             ) from error

@@ -19,6 +19,8 @@ from shared.metrics import BINS, Tally
 from shared.site import TENSOR_GROUPS
 
 PROTOCOL_VERSION = 1
+# What numpy.load raises, whatever the bytes are.
+UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError)
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Tensors = Mapping[str, NDArray[np.float32]]
@@ -111,7 +113,7 @@ def _decoded(array: Array, what: str) -> NDArray:
     """The array behind received bytes (numpy.load without pickle), whatever the bytes are."""
     try:
         value = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UpdateError(f"{what}: {len(array.data)} bytes that are no array ({type(error).__name__})") from error
     if not isinstance(value, np.ndarray):
         raise UpdateError(f"{what}: bytes of a {type(value).__name__}, expected an array")
