@@ -149,3 +149,11 @@ def test_every_error_is_in_the_programs_words() -> None:
     assert len(words) == len(set(words))
     assert not is_spoken("the centre is on holiday")
     assert not is_spoken("refuses … holidays")
+
+
+def test_every_test_that_the_table_of_faults_names_is_there() -> None:
+    named = set(
+        re.findall(r"\b(?:federation|server|client|shared)/test_\w+\.py", (ROOT / "deploy/README.md").read_text())
+    )
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []
