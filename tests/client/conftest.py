@@ -6,7 +6,10 @@ import pydicom
 import pytest
 from pydicom import Dataset
 
+from shared.slices import SliceCache
+from tests.conftest import SmallHospitals
 from tests.dicom_files import write_series
+from tests.training import SLICES
 
 
 @pytest.fixture
@@ -17,3 +20,12 @@ def images(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def datasets(images: list[Path]) -> list[Dataset]:
     return [pydicom.dcmread(path) for path in images]
+
+
+@pytest.fixture(scope="module")
+def cache(hospitals: SmallHospitals) -> SliceCache:
+    """The first training slices of a hospital."""
+    whole = hospitals.cache("hospital-01")
+    rows = whole.rows("train")[:SLICES]
+    assert len(rows) == SLICES
+    return SliceCache(*(getattr(whole, key)[rows] for key in ("hu", "masks", "patient", "label", "has_mask", "split")))

@@ -1,47 +1,25 @@
-"""The whole procedure with real client code on a loopback grid: what it leaves, resuming, heads, refusals."""
+"""The whole procedure with real client code on a loopback grid: what it leaves, resuming, refusals."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from flwr.app import Error, Message
+from flwr.app import Message
 
 from server.checkpoint import load_checkpoint, read_tensors
-from server.evaluate import EvaluationError, evaluate_unseen
+from server.evaluate import evaluate_unseen
 from server.report import write_report
-from server.results import report_anew
-from server.roster import QuorumError
 from server.runs import RunError, load_tallies, read_config, read_rounds, read_summary
 from shared.config import ConfigError
 from shared.metrics import merge_tallies, summarise
 from tests.conftest import SmallHospitals, edit_site, small_config
 from tests.loopback import LoopbackGrid, run_server
-
-NAMES = ["hospital-01", "hospital-02"]
-
-
-def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, LoopbackGrid]:
-    """A run of two hospitals; its folder and the grid."""
-    flat = small_config(run__folder=str(folder), **keys)
-    grid = LoopbackGrid([hospitals.files[n] for n in NAMES], flat)
-    run_server(grid, flat)
-    return folder / "latest", grid
-
-
-@pytest.fixture(scope="module")
-def finished(hospitals: SmallHospitals, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, tested on the held-out hospital."""
-    folder, _ = run(hospitals, tmp_path_factory.mktemp("runs"), run__id="story")
-    evaluate_unseen(folder, read_config(folder), [hospitals.files["hospital-05"]])
-    write_report(folder)
-    return folder
+from tests.rounds import NAMES, run
 
 
 def test_the_summary_has_every_field(finished: Path) -> None:
@@ -147,191 +125,6 @@ def test_every_strategy_runs(strategy: str, copied_hospitals: SmallHospitals, tm
     assert read_summary(folder)["evaluation"]["seen"]["dice"]["value"] is not None
 
 
-def test_an_ensemble_keeps_each_hospitals_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    folder, _ = run(copied_hospitals, tmp_path, federation__heads="ensemble", federation__rounds=1)
-    names = sorted(path.name for path in (folder / "checkpoint").glob("heads-final-*"))
-    assert names == ["heads-final-hospital-01.safetensors", "heads-final-hospital-02.safetensors"]
-    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
-    assert "unseen" in read_summary(folder)["evaluation"]
-
-
-def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    for name in NAMES:
-        edit_site(copied_hospitals.files[name], policy={"release": ["encoder"], "min_patients": 1})
-    development = str(copied_hospitals.files["hospital-01"])
-    folder, grid = run(
-        copied_hospitals,
-        tmp_path,
-        federation__heads="probe",
-        federation__development_site=development,
-        federation__rounds=1,
-    )
-    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
-    result = read_summary(folder)["evaluation"]["seen"]
-    assert result["auc"]["value"] is not None
-    assert result["dice"]["value"] is None, "a probe has no decoder"
-
-
-def test_a_probe_is_never_fitted_on_a_held_out_site(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    held_out = str(copied_hospitals.files["hospital-05"])
-    with pytest.raises(ConfigError, match="role held-out"):
-        run(copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=held_out)
-
-
-def test_heads_that_a_policy_keeps_stop_the_run_before_anybody_trains(
-    copied_hospitals: SmallHospitals, tmp_path: Path
-) -> None:
-    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
-    with pytest.raises(QuorumError, match=r"hospital-02 \(not counted\)[\s\S]*its policy\.release is \['encoder'\]"):
-        run(copied_hospitals, tmp_path, federation__rounds=1, federation__wait_s=0.0)
-    assert not (tmp_path / "latest" / "rounds.jsonl").exists()
-
-
-def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_place(
-    copied_hospitals: SmallHospitals, tmp_path: Path
-) -> None:
-    folder, _ = run(copied_hospitals, tmp_path, run__id="late", federation__rounds=1)
-    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
-    before = (folder / "rounds.jsonl").read_text()
-    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
-    again = {"run__id": "late", "run__resume": True, "federation__rounds": 1, "federation__wait_s": 0.0}
-    with pytest.raises(QuorumError, match=r"hospital-02: its policy\.release"):
-        run(copied_hospitals, tmp_path, **again)
-    assert "unseen" in read_summary(folder)["evaluation"], "what was tested before is not lost"
-    assert read_config(folder).federation.heads == "average", "and is said to be of what it is"
-    assert read_summary(folder)["rounds"] == 1
-    probe = {
-        "federation__heads": "probe",
-        "federation__development_site": str(copied_hospitals.files["hospital-01"]),
-    }
-    run(copied_hospitals, tmp_path, **again, **probe)
-    assert (folder / "rounds.jsonl").read_text() == before
-    assert read_config(folder).federation.heads == "probe"
-    assert [path.name for path in (folder / "checkpoint").glob("heads-final-*")] == ["heads-final-probe.safetensors"]
-    summary = read_summary(folder)
-    assert "unseen" not in summary["evaluation"] | summary["evaluation_before_training"], "it was of other heads"
-    assert not (folder / "evaluation" / "examples.png").exists()
-
-
-def test_counts_that_held_out_hospitals_send_complete_the_report(
-    copied_hospitals: SmallHospitals, tmp_path: Path
-) -> None:
-    folder, _ = run(copied_hospitals, tmp_path / "centre", federation__rounds=1)
-    theirs = tmp_path / "hospital-05" / "run"
-    shutil.copytree(folder.resolve(), theirs)
-    evaluate_unseen(theirs, read_config(theirs), [copied_hospitals.files["hospital-05"]])
-    for stage in ("initial", "final"):
-        place = folder / "evaluation" / stage / "unseen"
-        place.mkdir()
-        shutil.copy(theirs / "evaluation" / stage / "unseen" / "hospital-05.npz", place)
-    report_anew(folder)
-    there, here = read_summary(theirs)["evaluation"], read_summary(folder)["evaluation"]
-    assert here["unseen"] == there["unseen"]
-    assert "hospital-05" in (folder / "report.html").read_text()
-
-
-def test_heads_that_do_not_come_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    def refuse(asked: Message, reply: Message) -> Message:
-        refused = asked.metadata.message_type == "query.heads" and asked.metadata.dst_node_id == 2
-        return Message(Error(1001, "the disk is full"), reply_to=asked) if refused else reply
-
-    flat = small_config(run__folder=str(tmp_path), federation__rounds=1)
-    grid = LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=refuse)
-    with pytest.raises(
-        QuorumError, match=r"heads came from 1 hospitals[\s\S]*resume[\s\S]*hospital-02: the disk is full"
-    ):
-        run_server(grid, flat)
-    assert load_checkpoint(tmp_path / "latest" / "checkpoint").round_number == 1, "the encoder is not lost"
-
-
-def sent(folder: Path, stage: str = "final") -> Path:
-    return folder / "evaluation" / stage / "unseen" / "hospital-05.npz"
-
-
-def _renamed(path: Path) -> None:
-    for stage in ("initial", "final"):
-        file = path.parents[2] / stage / "unseen" / path.name
-        file.rename(file.with_name("hospital-06.npz"))
-
-
-def _letter(path: Path) -> None:
-    path.write_bytes(b"a letter")
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def _one_array(path: Path) -> None:
-    with open(path, "wb") as file:
-        np.save(file, np.zeros(3))
-
-
-def _fewer_samples(path: Path) -> None:
-    _change(path, lambda values: values | {"counts": values["counts"][:5]})
-
-
-def _negative(path: Path) -> None:
-    _change(path, lambda values: values | {"counts": -values["counts"]})
-
-
-def _other_model(path: Path) -> None:
-    _change(path, lambda values: values | {"model": "0123456789ab"})
-
-
-def _change(path: Path, change: Callable[[dict], dict]) -> None:
-    with np.load(path) as file:
-        values = {name: file[name] for name in file.files}
-    np.savez_compressed(path, **change(values))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (_renamed, r"hospital-06\.npz holds counts of site 'hospital-05'"),
-        (_letter, r"hospital-05\.npz holds no counts of a test"),
-        (_empty, r"hospital-05\.npz holds no counts of a test"),
-        (_cut, r"hospital-05\.npz holds no counts of a test"),
-        (_one_array, r"hospital-05\.npz holds no counts of a test"),
-        (_fewer_samples, r"hospital-05\.npz holds no counts of a test .*tally counts: int32 \(5, 2, 1000\)"),
-        (_negative, r"hospital-05\.npz holds no counts of a test .*of at least 0"),
-        (_other_model, r"hospital-05\.npz is a test of another model \(0123456789ab\) than this run's final one"),
-        (Path.unlink, r"counts of \['hospital-05'\] are in one of .*the hospital sends two files"),
-    ],
-)
-def test_counts_that_are_not_of_this_run_are_refused(
-    finished: Path, tmp_path: Path, spoil: Callable[[Path], None], told: str
-) -> None:
-    folder = tmp_path / "story"
-    shutil.copytree(finished.resolve(), folder)
-    before = (folder / "report.html").read_bytes()
-    spoil(sent(folder))
-    with pytest.raises((RunError, EvaluationError), match=told):
-        report_anew(folder)
-    assert (folder / "report.html").read_bytes() == before
-
-
-def test_a_report_of_no_run_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not a run"):
-        report_anew(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_second_site_is_tested_beside_the_first(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    flat = small_config(run__folder=str(tmp_path), run__id="alone", federation__rounds=1, federation__quorum=1)
-    run_server(LoopbackGrid([copied_hospitals.files["hospital-01"]], flat), flat)
-    edit_site(copied_hospitals.files["hospital-02"], role="held-out")
-    folder = tmp_path / "alone"
-    for name in ("hospital-05", "hospital-02"):
-        evaluate_unseen(folder, read_config(folder), [copied_hospitals.files[name]])
-    unseen = [s for s, r in read_summary(folder)["evaluation"]["per_site"].items() if r["part"] == "unseen"]
-    assert unseen == ["hospital-02", "hospital-05"]
-
-
 def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
     edit_site(
         copied_hospitals.files["hospital-02"],
@@ -362,14 +155,6 @@ def test_a_run_whose_hospitals_keep_every_number_still_trains_and_is_tested(
     assert write_report(folder).is_file()
 
 
-def test_sharing_all_needs_no_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
-    folder, grid = run(copied_hospitals, tmp_path, federation__share="all", federation__rounds=1)
-    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
-    heads, _ = read_tensors(folder / "checkpoint" / "heads-final-average.safetensors")
-    checkpoint = load_checkpoint(folder / "checkpoint")
-    np.testing.assert_array_equal(heads["cls.weight"], checkpoint.arrays["cls.weight"])
-
-
 @pytest.mark.parametrize(
     ("keys", "error", "text"),
     [
@@ -398,23 +183,6 @@ def test_a_runs_name_is_used_once(finished: Path, hospitals: SmallHospitals) -> 
 def test_a_run_is_not_resumed_with_another_config(finished: Path, hospitals: SmallHospitals) -> None:
     with pytest.raises(RunError, match="another config"):
         run(hospitals, finished.resolve().parent, run__id="story", run__resume=True, run__seed=5)
-
-
-def test_a_hospital_that_trained_is_no_test(finished: Path, hospitals: SmallHospitals) -> None:
-    before = (finished / "summary.json").read_text()
-    with pytest.raises(EvaluationError, match="'hospital-01' has role 'train'"):
-        evaluate_unseen(
-            finished, read_config(finished), [hospitals.files["hospital-05"], hospitals.files["hospital-01"]]
-        )
-    edit_site(hospitals.files["hospital-01"], role="held-out")
-    try:
-        with pytest.raises(EvaluationError, match=r"sites \['hospital-01'\] trained in this run"):
-            evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-01"]])
-    finally:
-        edit_site(hospitals.files["hospital-01"], role="train")
-    with pytest.raises(EvaluationError, match="stands twice"):
-        evaluate_unseen(finished, read_config(finished), [hospitals.files["hospital-05"]] * 2)
-    assert (finished / "summary.json").read_text() == before
 
 
 def test_a_held_out_node_does_not_train(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:

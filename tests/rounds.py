@@ -1,0 +1,43 @@
+"""A run, or its first round, of two hospitals on a loopback grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.serverapp.strategy import FedAvg
+
+from server.roster import Session, gather
+from server.strategy import build_strategy, train_round
+from shared.config import parse_config
+from shared.scoring import build_model
+from shared.wire import to_arrays
+from tests.conftest import SmallHospitals, small_config
+from tests.loopback import LoopbackGrid, run_server
+
+NAMES = ["hospital-01", "hospital-02"]
+
+
+def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, LoopbackGrid]:
+    """A run of two hospitals; its folder and the grid."""
+    flat = small_config(run__folder=str(folder), **keys)
+    grid = LoopbackGrid([hospitals.files[n] for n in NAMES], flat)
+    run_server(grid, flat)
+    return folder / "latest", grid
+
+
+def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, FedAvg, dict]:
+    """A run before its first round: session, strategy and initial encoder."""
+    config = parse_config(flat)
+    session = Session(grid, config.federation, hospitals.root / "test")
+    session.run.mkdir(exist_ok=True)
+    arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    return session, build_strategy(config.federation), arrays
+
+
+def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_options: object):
+    """One round through real client code; the grid, the members and the result."""
+    grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
+    session, strategy, arrays = beginning(grid, flat, hospitals)
+    members = gather(session)
+    result = train_round(session, strategy, members, arrays, 1)
+    return grid, members, arrays, result
