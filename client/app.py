@@ -20,7 +20,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 
 from client.audit import AuditError, contents, record
-from client.gate import ROOT, bundle_of_this_run, code_hash
 from client.policy import (
     FACTS,
     METRICS,
@@ -29,7 +28,6 @@ from client.policy import (
     UPDATE,
     PolicyError,
     admit,
-    admit_code,
     enforce,
     metrics_refusal,
 )
@@ -77,7 +75,6 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
     try:
         site = find_site(context)
         kind = message.metadata.message_type
-        admit_code(site, code_hash(), code_hash(bundle_of_this_run() or ROOT))
         if kind != HELLO:
             admit(site, parse_config(context.run_config), trains=kind == MessageType.TRAIN, now=datetime.now())
         reply = call_next(message, context)

@@ -215,7 +215,7 @@ def join_command(
 @app.command("app")
 def app_command() -> None:
     """Show the hash of the code that runs in this hospital, for policy.app."""
-    from client.gate import HOSPITAL_CODE, ROOT, code_hash
+    from client.code import HOSPITAL_CODE, ROOT, code_hash
 
     say(f"{code_hash()}  {', '.join(f'{ROOT / folder}' for folder in HOSPITAL_CODE)}")
 

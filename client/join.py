@@ -1,56 +1,74 @@
-"""The hospital's daemon: checks that all is ready, then keeps Flower's SuperNode running.
+"""The hospital's daemon: checks that all is ready, then stays connected to the centre and answers what it asks.
 
-One connection goes out, to the centre's one port. The SuperNode is Flower's own; what stands around it is what it lacks:
-it is started again when it ends, whatever the reason, it is ended when it waits for a reply that will never come, and the
-app processes that it starts run the hospital's own code (client/gate.py).
+One connection goes out, to the centre's one port; nothing listens. This process holds the node's private key and carries
+bytes (client/node.py); another, without the key, reads and answers them (client/program.py). When the connection breaks, the
+centre starts again or the answering process dies, the daemon goes on by itself and says what happened.
 """
 
 from __future__ import annotations
 
 import os
-import queue
-import shlex
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tomli_w
+from flwr.app import Error, Message
+from flwr.common.serde import message_from_proto
+from flwr.supercore.task_identity import TaskIdentity
 
+from client.answering import AnswerError, Answering, StoppedError, watcher
+from client.code import CodeError
 from client.enrol import read_known_centre
-from client.gate import RUNNING
+from client.frames import reply_frames
+from client.node import (
+    CentreFaultError,
+    Connection,
+    ConnectionLostError,
+    NotAdmittedError,
+    Order,
+    RunOverError,
+    message_text,
+)
+from client.program import Task, make_place
 from shared.enrol import EnrolError
-from shared.processes import HeldError, end_owned, flower_environment, hold, is_alive
+from shared.processes import HeldError, end_owned, hold
 from shared.rights import user_name
 from shared.site import Site
 from shared.units import unit_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
-STEADY_S = 120.0  # a node that lived that long did not fail at its start
-WEDGED_S = 90.0  # a node answers for an app that died after 66 s; one that has not by then never will
-_REFUSING = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
+STEADY_S = 120.0  # a connection that held that long did not fail at its start
+BUSY_POLL_S, IDLE_POLL_S = 0.25, 3.0  # between two questions for a message, while a run goes on and otherwise
+BUSY_S = 60.0  # after a message, the next is soon
+ENDED, ENDED_TEXT = 1002, "the site's process ended without an answer; the site's own log may have the cause"
+
+# Of root's rights only: to become the owner of site.yaml, to read what is the owner's, to end what it started.
+_HARDENING = """\
+CapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE CAP_KILL CAP_SYS_PTRACE
+ProtectKernelModules=true
+ProtectKernelTunables=true
+ProtectControlGroups=true
+RestrictSUIDSGID=true
+"""
 
 
 class Daemon:
-    """Keeps one hospital's SuperNode running until it is told to stop."""
+    """Keeps one hospital connected until it is told to stop."""
 
     def __init__(self, site: Site, site_yaml: Path, say: Callable[[str], None]):
         self._site, self._site_yaml, self._say = site, site_yaml.resolve(), say
         self._centre = read_known_centre(site)
         self._stopping = threading.Event()
-        self._running = self._centre.folder / "app.pid"
-        self._reason = ""
+        self._answering = Answering(self._centre.folder, self._site_yaml, say)
 
     def stop(self, *_: object) -> None:
-        """End the SuperNode and the daemon; a signal handler too."""
+        """End the connection and the daemon; a signal handler too."""
         self._stopping.set()
 
     def run(self) -> None:
-        """Supervise until `stop`.
+        """Take part until `stop`.
 
         Raises:
           EnrolError: another daemon of this site runs.
@@ -58,7 +76,12 @@ class Daemon:
         try:
             with hold(self._centre.folder / "lock"):
                 end_owned(self._centre.folder)  # what a daemon that was killed left running
-                self._supervise()
+                if os.geteuid() == 0:
+                    keep_from_others(self._centre.folder)
+                try:
+                    self._take_part()
+                finally:
+                    self._answering.close()
         except HeldError as error:
             raise EnrolError(
                 f"site {self._site.name!r} takes part already, from another process on this machine; a site is joined once: "
@@ -66,170 +89,86 @@ class Daemon:
             ) from error
         self._say("stopped")
 
-    def _supervise(self) -> None:
-        """Start the node, again whenever it has ended."""
-        programs = self._write_programs()
+    def _take_part(self) -> None:
+        """Connect, again whenever the connection has ended."""
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
-            self._running.unlink(missing_ok=True)
-            self._reason = ""
-            started = time.monotonic()
-            node = self._start(programs)
+            started, reason = time.monotonic(), ""
             try:
-                self._watch(node)
-            finally:
-                # By a signal first: a node that says good-bye can come back at once.
-                end_owned(self._centre.folder, [node])
+                self._answering.warm_up()
+                with Connection(self._centre) as connection:
+                    self._say(f"connected to {self._centre.address} as node {connection.node_id}")
+                    self._answer_messages(connection)
+            except (ConnectionLostError, NotAdmittedError, CentreFaultError, AnswerError, CodeError) as error:
+                reason = str(error)
             if self._stopping.is_set():
                 break
             pause_s = FIRST_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_PAUSE_S)
-            self._say(f"the node ended: {self._reason or f'exit status {node.returncode}'}; again in {pause_s:.0f} s")
+            self._say(f"not connected: {reason or 'the centre has forgotten this node'}; again in {pause_s:.0f} s")
             self._stopping.wait(pause_s)
 
-    def _write_programs(self) -> Path:
-        """The folder that comes first on the node's PATH: our program for client apps, and a refusal of other apps."""
-        folder = self._centre.folder / "programs"
-        folder.mkdir(parents=True, exist_ok=True)
-        root = Path(__file__).resolve().parent.parent
-        python = shlex.quote(sys.executable)
-        ours = f'#!/bin/sh\ncd {shlex.quote(str(root))} && exec {python} -m client.gate "$@"\n'
-        refusal = "#!/bin/sh\necho 'this site runs no app of the kind '$(basename \"$0\") >&2\nexit 1\n"
-        for name, text in {"flwr-clientapp": ours, **dict.fromkeys(_REFUSING, refusal)}.items():
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
-        return folder
-
-    def _write_node_config(self) -> Path:
-        """Write the node config as a file: a path of any characters can stand in it."""
-        path = self._centre.folder / "node.toml"
-        path.write_text(tomli_w.dumps({"site": str(self._site_yaml)}))
-        return path
-
-    def _start(self, programs: Path) -> subprocess.Popen:
-        """Start the SuperNode."""
-        flower = Path(sys.executable).parent
-        home = self._centre.folder / "flower"
-        home.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        path = os.pathsep.join([str(programs), str(flower), os.environ.get("PATH", "")])
-        environment = flower_environment(self._centre.folder, home, PATH=path, **{RUNNING: str(self._running)})
-        command = [
-            str(flower / "flower-supernode"),
-            "--superlink",
-            self._centre.address,
-            "--root-certificates",
-            str(self._centre.authority),
-            "--auth-supernode-private-key",
-            str(self._centre.key),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--node-config",
-            str(self._write_node_config()),
-        ]
-        return subprocess.Popen(
-            command,
-            cwd=home,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-
-    def _watch(self, node: subprocess.Popen) -> None:
-        """Relay the node's lines until it ends, is told to, or is found to wait for nothing."""
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_relay, args=(node, lines), daemon=True).start()
-        answering, dead_since, broken_since = False, None, None
-        while True:
+    def _answer_messages(self, connection: Connection) -> None:
+        """Ask for messages and answer them, one at a time, until `stop` or the centre forgets this node."""
+        last = -BUSY_S
+        while not connection.forgotten:
+            busy = time.monotonic() - last < BUSY_S
+            if self._stopping.wait(BUSY_POLL_S if busy else IDLE_POLL_S):
+                return
             try:
-                line = lines.get(timeout=0.5)
-            except queue.Empty:
-                if node.poll() is not None:
-                    break
-                line = ""
-            if line:
-                self._say(line)
-                answering = _answering(line, answering)
-                broken_since = _broken_since(line, broken_since)
-                self._reason = _reason(line) or self._reason
-            if self._stopping.is_set():
-                break
-            dead_since = (dead_since or time.monotonic()) if answering and self._app_is_dead() else None
-            if dead_since is not None and time.monotonic() - dead_since > WEDGED_S:
-                self._reason = "its app ended without an answer"
-                break
-            works = answering and dead_since is None
-            if not works and broken_since is not None and time.monotonic() - broken_since > WEDGED_S:
-                self._reason = "its connection broke, and it did not come back by itself"
-                break
+                order = connection.pull()
+                if order is not None:
+                    self._answer(connection, order)
+                    last = time.monotonic()
+            except RunOverError as error:
+                self._say(f"a message of a run that has ended: {error}")
+            except ConnectionLostError as error:
+                self._say(f"{error}; asking again")  # the node's number holds as long as its heartbeats are taken
 
-    def _app_is_dead(self) -> bool:
-        """Whether the process that answers has ended; not before it began."""
+    def _answer(self, connection: Connection, order: Order) -> None:
+        """Answer one message and send the reply."""
+        self._say(f"received {message_text(order.message)}")
+        place = make_place(self._site_yaml, connection.node_id, self._centre.authority.read_text())
+        task = Task(place, order.run, order.bundle, order.tree, tuple(order.objects))
+        wanted = watcher(self._stopping.is_set, lambda: connection.is_running(order.run_id))
         try:
-            return not is_alive(int(self._running.read_text()))
-        except (OSError, ValueError):
-            return False
+            frames = self._answering.ask(task, wanted)
+        except StoppedError:
+            self._say("its answer is not wanted any more")
+            return
+        except AnswerError as error:
+            self._say(str(error))
+            frames = error_frames(order, connection.node_id)
+        connection.push(order.run_id, frames)
+        self._say(f"answered {message_text(order.message)}")
 
 
-def _relay(node: subprocess.Popen, lines: queue.Queue[str]) -> None:
-    """Lines of the node and of the processes that it started, which may outlive it."""
-    for line in node.stdout:
-        lines.put(line.rstrip())
+def error_frames(order: Order, node_id: int) -> list[bytes]:
+    """The reply for a message whose process ended."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, order.run_id, node_id
+    return reply_frames(Message(Error(ENDED, ENDED_TEXT), reply_to=message_from_proto(order.message)))
 
 
-def _answering(line: str, before: bool) -> bool:
-    """Whether a message is being answered, by what Flower's SuperNode writes."""
-    if "Receiving: " in line:
-        return True
-    if any(
-        text in line
-        for text in ("Sent successfully", "Failed to receive message", "Failed to send message", "Ignoring")
-    ):
-        return False
-    return before
-
-
-def _broken_since(line: str, before: float | None) -> float | None:
-    """Since when the connection is broken, by what Flower's SuperNode writes; None where it is not.
-
-    A SuperNode whose TLS handshake timed out, on a line that was cut, neither ends nor tries again.
-    """
-    if "Giving up reconnection" in line or "handshake error" in line:
-        return before or time.monotonic()
-    if any(text in line for text in ("Connection successful", "Receiving: ", "Sent successfully", "SuperNode ID")):
-        return None
-    return before
-
-
-def _reason(line: str) -> str:
-    """What a line of the SuperNode says about its end, in words and with the next step; empty if nothing."""
-    if "[code: 2004]" in line or "401 Unauthorized" in line:
-        return (
-            "the centre does not take this node: it is not registered or revoked (ask the centre), or it still counts as online from "
-            "before, for up to a minute"
-        )
-    if "CERTIFICATE_VERIFY_FAILED" in line:
-        return "the centre's certificate cannot be trusted; 'hemafed-client join --check' says why"
-    if "does not recognize this SuperNode" in line:
-        return "the centre has forgotten this node, as it does when it starts anew"
-    return ""
+def keep_from_others(folder: Path) -> None:
+    """Give the folder with the node's key to root alone: the process that answers runs as another user."""
+    folder.chmod(0o700)
+    for path in (folder, *folder.iterdir()):
+        if not path.is_symlink():
+            os.chown(path, 0, 0)
 
 
 def site_unit(site_yaml: Path, user: bool) -> str:
-    """A systemd unit for the daemon; of the system, it runs as whoever owns site.yaml."""
+    """A systemd unit for the daemon.
+
+    Of the system, the connection with the node's key is root's and answers are computed as whoever owns site.yaml.
+    """
     owner = user_name(site_yaml.stat().st_uid)
     return unit_text(
         f"hemafed: {site_yaml.parent.name} takes part in federated training",
         ["hemafed-client", "join", str(site_yaml)],
-        user="" if user or owner == "root" else owner,
+        user="",
         stop_s=60,
         target="default.target" if user else "multi-user.target",
+        extra="" if user else f"# Messages are answered as {owner}, the owner of site.yaml.\n{_HARDENING}",
     )
 
 

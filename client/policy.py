@@ -32,8 +32,8 @@ def admit_code(site: Site, own: str, bundle: str) -> None:
 
     Args:
       site: whose policy.
-      own: hash of the code that the hospital installed, which is what runs (client/gate.py).
-      bundle: hash of the run's client code; the same where there is no bundle.
+      own: hash of the code that the hospital installed, which is what runs (client/program.py).
+      bundle: hash of the client code in the run's bundle.
     Raises:
       PolicyError: the two differ, or policy.app names another.
     """

@@ -26,6 +26,7 @@ from server.checkpoint import (
     write_tensors,
 )
 from server.evaluate import EvaluationError, fit_probe, summarise_run
+from server.instructions import sign_as_centre
 from server.members import registered_nodes
 from server.report import write_report
 from server.roster import Member, QuorumError, Session, content_of, gather, receive
@@ -98,6 +99,7 @@ def main(grid: Grid, context: Context) -> None:
     run = open_run(config)
     write_status(run, "running", what="the start")
     try:
+        grid = sign_as_centre(grid, run.parent.parent)
         federate(grid, config, run)
     except FINAL as error:
         write_status(run, "failed", error=f"{type(error).__name__}: {error}")

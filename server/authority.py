@@ -106,19 +106,45 @@ def issue_server(authority: Pair, pair: Pair, hosts: Sequence[str], days: int = 
       hosts: DNS names and IP addresses that clients use, at least one.
       days: until it expires; negative makes an expired one.
     """
+    names = [_general_name(host) for host in dict.fromkeys(hosts)]
+    alternatives = x509.SubjectAlternativeName(names)
+    _issue(authority, pair, hosts[0], days, ExtendedKeyUsageOID.SERVER_AUTH, alternatives)
+
+
+def issue_signer(authority: Pair, pair: Pair, name: str, days: int = SERVER_DAYS) -> None:
+    """Make the key with which a centre signs instructions, and its certificate, good for nothing else.
+
+    Args:
+      authority: who signs.
+      pair: where they are written; replaced.
+      name: of the centre, for people.
+      days: until it expires.
+    """
+    _issue(authority, pair, f"hemafed instructions of {name}", days, ExtendedKeyUsageOID.CODE_SIGNING)
+
+
+def _issue(
+    authority: Pair,
+    pair: Pair,
+    name: str,
+    days: int,
+    use: x509.ObjectIdentifier,
+    *extensions: x509.ExtensionType,
+) -> None:
+    """A key and a certificate for one use, signed by the authority."""
     authority_key, authority_certificate = authority.load()
     key = ec.generate_private_key(ec.SECP384R1())
-    names = [_general_name(host) for host in dict.fromkeys(hosts)]
     usage = x509.KeyUsage(**_usages("digital_signature"))
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     builder = (
-        _builder(_subject(hosts[0]), authority_certificate.subject, key, days)
+        _builder(_subject(name), authority_certificate.subject, key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
         .add_extension(identifier, critical=False)
     )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
     _write(pair, key, builder.sign(authority_key, hashes.SHA384()))
 
 

@@ -1,7 +1,7 @@
 """The coordinating centre's folder: what it is called, where it serves, its certificates.
 
     centre.toml           name, host and port that hospitals use, the loopback port of Flower's SuperLink
-    keys/                 authority, the public server's and the loopback server's certificates, SuperExec's secret
+    keys/                 authority; certificates of the public and the loopback server and for instructions; SuperExec's secret
     sites/NAME.json       one file per hospital: invited, registered or revoked, and since when
     flower/               Flower's home: connection and app bundles
     state/                what the running centre writes: its processes, their logs, the run that is wanted
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tomli_w
 
-from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, make_authority, write_private
+from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, issue_signer, make_authority, write_private
 
 _NOT_IN_FOLDER = '"$\\\n'
 _KEYS = {"host", "port", "listen", "loopback_port"}
@@ -63,6 +63,11 @@ class Centre:
     def loopback(self) -> Pair:
         """What the proxy and the centre's own commands see; Flower's node keys ask for TLS here too."""
         return self._pair("loopback")
+
+    @property
+    def instructions(self) -> Pair:
+        """With what the server's part of a run signs what it asks of hospitals."""
+        return self._pair("instructions")
 
     @property
     def secret(self) -> Path:
@@ -114,6 +119,7 @@ def renew_certificates(centre: Centre) -> None:
     """New server keys and certificates; hospitals trust the authority and need nothing new."""
     issue_server(centre.authority, centre.public, [centre.host])
     issue_server(centre.authority, centre.loopback, LOOPBACK)
+    issue_signer(centre.authority, centre.instructions, centre.host)
 
 
 def _connection(centre: Centre) -> dict:
@@ -181,5 +187,6 @@ def expiry_warnings(centre: Centre) -> list[str]:
     """Sentences about certificates that expire within a month."""
     renew = f"'hemafed-server renew {centre.folder}' makes new ones; hospitals need nothing new"
     anew = "the authority itself ends: every hospital must be invited anew (see RUNBOOK.md, Rotation)"
-    checks = ((centre.public, renew), (centre.loopback, renew), (centre.authority, anew))
+    ours = (centre.public, centre.loopback, centre.instructions)
+    checks = (*((pair, renew) for pair in ours), (centre.authority, anew))
     return [text for pair, remedy in checks if (text := expiry_warning(pair.certificate, remedy))]

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from client.gate import ROOT, RUNNING
 from flwr.supercore.error.base import ApiErrorCode
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 import client.join
 from client.enrol import read_known_centre
-from client.gate import ROOT, RUNNING
 from client.join import Daemon, _answering, _reason, install_unit, site_unit
 from shared.enrol import EnrolError
 from shared.processes import flower_environment, hold, is_held, owned
