@@ -1,13 +1,15 @@
 """The hospital's side of becoming known: its own key, and what it knows of the centre.
 
-Everything lies in `centre/` of the site's state folder: the node's private key, which never leaves it, the centre's
-address and its certificate authority. Only the request of `hemafed-client init` is sent, by hand or mail.
+Everything lies in `centre/` of the site's state folder: the node's private key, which never leaves it, the certificate of
+that key, the centre's address and its certificate authority. Only the request of `hemafed-client init` is sent, by hand or
+mail; the certificate is part of it, and the node presents it to the centre in each TLS handshake.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.config import NAME_WORDS, is_name
 from shared.enrol import (
@@ -22,6 +25,7 @@ from shared.enrol import (
     Invitation,
     Request,
     key_fingerprint,
+    make_certificate,
     make_node_key,
     make_request,
     private_text,
@@ -76,13 +80,18 @@ class Centre:
         return self.folder / "node.key"
 
     @property
+    def certificate(self) -> Path:
+        """The certificate of that key, which the node presents to the centre's door."""
+        return self.folder / "node.crt"
+
+    @property
     def host(self) -> str:
-        """Without the port."""
+        """Host name of the centre."""
         return self.address.rpartition(":")[0]
 
     @property
     def port(self) -> int:
-        """Of the centre."""
+        """Port of the centre."""
         return int(self.address.rpartition(":")[2])
 
     def fingerprint(self) -> str:
@@ -130,7 +139,9 @@ def init_site(invitation_path: Path, site_yaml: Path, request_path: Path) -> tup
     partial.unlink(missing_ok=True)
     partial.touch(mode=0o600)
     partial.write_bytes(private_text(key))
-    write_letter(request_path, make_request(invitation, key))
+    certificate = make_certificate(invitation.site, key)
+    centre.certificate.write_text(certificate)
+    write_letter(request_path, make_request(invitation, key, certificate))
     os.replace(partial, centre.key)  # last: until then the command can be run again
     return centre, written
 
@@ -204,7 +215,7 @@ def _check_address(centre: Centre) -> None:
         raise ValueError(centre.address)
 
 
-def read_node_key(centre: Centre) -> object:
+def read_node_key(centre: Centre) -> ec.EllipticCurvePrivateKey:
     """The node's private key.
 
     Raises:
@@ -225,3 +236,35 @@ def read_node_key(centre: Centre) -> object:
             f"{path} can be read by others (mode {mode:o}); chmod 600 it, and tell the centre if others had access"
         )
     return key
+
+
+def centre_context(centre: Centre) -> ssl.SSLContext:
+    """Return the TLS context of the way to the centre: trusts its authority alone and presents the node's certificate.
+
+    Raises:
+      EnrolError: the key, the certificate or the authority is missing or damaged, or they are not of one pair.
+    """
+    key = read_node_key(centre)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    try:
+        context = ssl.create_default_context(cafile=str(centre.authority))
+    except (OSError, ssl.SSLError) as error:
+        raise EnrolError(f"{centre.authority}: no certificate; restore it from the invitation or a backup") from error
+    # OpenSSL reads no key in OpenSSH's format, and ssl reads keys from files alone: this one is in memory.
+    file = os.memfd_create("node.key")
+    try:
+        os.write(file, pem)
+        context.load_cert_chain(centre.certificate, f"/proc/self/fd/{file}")
+    except FileNotFoundError as error:
+        raise EnrolError(
+            f"{centre.certificate} is not there, and without it the centre's door lets nobody in; restore it from a backup, or "
+            "answer a new invitation"
+        ) from error
+    except (OSError, ssl.SSLError) as error:
+        raise EnrolError(
+            f"{centre.certificate}: no certificate of the key {centre.key.name}; restore both from the same backup, or answer a "
+            "new invitation"
+        ) from error
+    finally:
+        os.close(file)
+    return context

@@ -8,6 +8,7 @@ its last checkpoint. Commands of the centre's operator change files in the centr
 from __future__ import annotations
 
 import re
+import signal
 import ssl
 import subprocess
 import threading
@@ -23,7 +24,14 @@ from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.files import bound_log
 from server.flower import PROGRAMS, centre_environment, flwr
 from server.members import read_sites, write_nodes
-from server.proxy import check_port_is_free, find_nginx, is_listening, stop_proxy, write_proxy_config
+from server.proxy import (
+    check_port_is_free,
+    find_nginx,
+    is_listening,
+    stop_proxy,
+    write_certificates,
+    write_proxy_config,
+)
 from server.runs import read_status, write_status
 from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
 from shared.processes import HeldError, answers, end_owned, hold
@@ -155,7 +163,7 @@ class Daemon:
 
     def _start_proxy(self) -> None:
         """nginx, which hospitals reach."""
-        config = write_proxy_config(self._centre)
+        config = write_proxy_config(self._centre, read_sites(self._centre))
         checked = subprocess.run(
             [find_nginx(), "-t", "-q", "-c", str(config)], capture_output=True, text=True, check=False
         )
@@ -225,6 +233,13 @@ class Daemon:
                 self._registered[name] = (key, str(told["node-id"]))
                 self._tell_nodes()
                 self._say(f"site {name} is admitted as node {told['node-id']}")
+                if not sites[name].certificate:
+                    self._say(
+                        f"site {name} has no certificate, and the door turns it away: revoke it and invite it again"
+                    )
+        if write_certificates(self._centre, sites) and "nginx" in self._processes:
+            # nginx ends idle connections at once: a revoked hospital keeps none.
+            self._processes["nginx"].send_signal(signal.SIGHUP)
 
     def _tell_nodes(self) -> None:
         """Say in state/nodes.json which of Flower's nodes is which site: Flower's own list has no names."""

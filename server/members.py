@@ -29,6 +29,7 @@ class KnownSite:
       token_hash: of the invitation's token, until it is used.
       expires: of the invitation.
       public_key: OpenSSH; empty until it is registered.
+      certificate: of that key, PEM; the door lets its owner in while the site is registered.
       revoked_keys: those that it had before; never taken again.
     """
 
@@ -38,6 +39,7 @@ class KnownSite:
     token_hash: str = ""
     expires: str = ""
     public_key: str = ""
+    certificate: str = ""
     revoked_keys: tuple[str, ...] = ()
 
     @property
@@ -109,7 +111,12 @@ def register(centre: Centre, request: Request) -> KnownSite:
     if datetime.fromisoformat(known.expires) < datetime.now(UTC):
         raise CentreError(f"the invitation of site {request.site!r} expired on {known.expires}; invite it again")
     taken = KnownSite(
-        request.site, "registered", _now(), public_key=request.public_key, revoked_keys=known.revoked_keys
+        request.site,
+        "registered",
+        _now(),
+        public_key=request.public_key,
+        certificate=request.certificate,
+        revoked_keys=known.revoked_keys,
     )
     _write_site(centre, taken)
     return taken

@@ -1,11 +1,13 @@
 """How a hospital and the centre come to know each other: two small files, carried by hand or mail.
 
     hemafed-server invite      -> invitation: the centre's address and authority, a token      (to the hospital)
-    hemafed-client init        -> request: the hospital's public key, signed with its private one  (to the centre)
+    hemafed-client init        -> request: the hospital's public key and certificate, signed with its private key
+                                                                                                (to the centre)
     hemafed-server register    -> the centre knows the key; both read its fingerprint to each other
 
-The private key never leaves the hospital. The token shows that who answers is who was invited, the signature that the
-sender has the key. Both files are JSON; neither holds anything of a patient.
+The private key never leaves the hospital. The token shows that the sender was invited, the signature that the sender has
+the key. The certificate is self-signed with the same key: the centre's door asks for it in the TLS handshake, before it
+reads a request. Both files are JSON; neither holds anything of a patient.
 """
 
 from __future__ import annotations
@@ -13,15 +15,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-FORMAT = 1
+FORMAT = 2
+NODE_DAYS = 3650  # validity of a node's certificate, as long as the authority's; revocation ends it earlier
+# What the centre's door answers to a certificate that it does not let in.
+UNKNOWN = "this certificate is not one of a registered hospital"
+REVOKED = "this certificate was revoked"
+ABSENT = "no certificate was presented"
+_LARGEST_CERTIFICATE = 4096  # characters of PEM; ours has about 800
 
 
 class EnrolError(ValueError):
@@ -56,12 +67,14 @@ class Request:
       site: as invited.
       token: as invited.
       public_key: of the hospital's node, OpenSSH.
-      signature: of the three, with the node's private key; base64.
+      certificate: of that key, self-signed, PEM; the node presents it to the centre's door.
+      signature: of the four, with the node's private key; base64.
     """
 
     site: str
     token: str
     public_key: str
+    certificate: str
     signature: str
     format: int = FORMAT
 
@@ -130,18 +143,49 @@ def key_fingerprint(public_key: str) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def make_request(invitation: Invitation, key: ec.EllipticCurvePrivateKey) -> Request:
-    """A hospital's answer to its invitation."""
-    public = public_text(key.public_key())
-    signature = key.sign(_signed(invitation.site, invitation.token, public), ec.ECDSA(hashes.SHA384()))
-    return Request(invitation.site, invitation.token, public, base64.b64encode(signature).decode())
+def make_certificate(site: str, key: ec.EllipticCurvePrivateKey, days: int = NODE_DAYS) -> str:
+    """Make a self-signed client certificate of a node's key.
+
+    Args:
+      site: the hospital's name, which becomes the certificate's common name.
+      key: the node's private key.
+      days: until it expires; negative makes an expired one.
+    Returns:
+      The certificate, PEM. It can sign no other certificate (RFC 5280, section 4.2.1.9).
+    """
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site[:64])]), datetime.now(UTC)
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital signature
+    begin = now - timedelta(hours=1) + min(timedelta(days=days), timedelta(0))  # clocks differ a little
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return builder.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def make_request(invitation: Invitation, key: ec.EllipticCurvePrivateKey, certificate: str = "") -> Request:
+    """Answer an invitation, with the node's certificate or a new one."""
+    certificate = certificate or make_certificate(invitation.site, key)
+    unsigned = Request(invitation.site, invitation.token, public_text(key.public_key()), certificate, "")
+    signature = key.sign(_signed(unsigned), ec.ECDSA(hashes.SHA384()))
+    return replace(unsigned, signature=base64.b64encode(signature).decode())
 
 
 def check_request(request: Request) -> None:
-    """That who sent a request has the private key of its public one.
+    """Check that the sender of a request has its key, and that the certificate is one of that key alone.
 
     Raises:
-      EnrolError: the key is none of ours, or the signature is not its.
+      EnrolError: the key is not a node's, the signature is not the key's, or the certificate is not as make_certificate
+        writes it.
     """
     try:
         key = serialization.load_ssh_public_key(request.public_key.encode())
@@ -149,8 +193,7 @@ def check_request(request: Request) -> None:
             raise EnrolError(f"the request's key is a {type(key).__name__}, expected an elliptic curve key")
         if public_text(key) != request.public_key:  # a comment, say: one key must not look like two
             raise ValueError("not as make_request writes it")
-        signed = _signed(request.site, request.token, request.public_key)
-        key.verify(base64.b64decode(request.signature), signed, ec.ECDSA(hashes.SHA384()))
+        key.verify(base64.b64decode(request.signature), _signed(request), ec.ECDSA(hashes.SHA384()))
     except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
         if isinstance(error, EnrolError):
             raise
@@ -158,7 +201,44 @@ def check_request(request: Request) -> None:
             f"the request of site {request.site!r} was changed on its way, or its sender does not have the key; ask the site for "
             "the file again"
         ) from error
+    if wrong := _certificate_fault(request, key):
+        raise EnrolError(
+            f"the certificate in the request of site {request.site!r} {wrong}; the site must run 'hemafed-client init' again, with "
+            "the same version as the centre"
+        )
 
 
-def _signed(site: str, token: str, public_key: str) -> bytes:
-    return json.dumps([FORMAT, site, token, public_key]).encode()
+def _certificate_fault(request: Request, key: ec.EllipticCurvePublicKey) -> str:
+    """Return what is wrong with a request's certificate; empty if nothing is.
+
+    The door trusts every certificate in its list as it is, so one that could sign others, or a second one in the same text,
+    would let strangers in.
+    """
+    if len(request.certificate) > _LARGEST_CERTIFICATE:
+        return f"has {len(request.certificate)} characters, expected at most {_LARGEST_CERTIFICATE}"
+    try:
+        certificate = x509.load_pem_x509_certificate(request.certificate.encode())
+        certificate.verify_directly_issued_by(certificate)
+        limits = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        name = certificate.subject.rfc4514_string()
+        text = certificate.public_bytes(serialization.Encoding.PEM).decode()
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
+        return f"cannot be used ({type(error).__name__})"
+    if text != request.certificate:
+        return "has something beside it"
+    if certificate.public_key() != key:
+        return "is of another key than the request's"
+    if limits.ca or list(uses) != [ExtendedKeyUsageOID.CLIENT_AUTH]:
+        return "is for more than a client"
+    if name != f"CN={request.site}":
+        return "names another site"
+    if not begin <= datetime.now(UTC) < end:
+        return f"is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}, which is not now"
+    return ""
+
+
+def _signed(request: Request) -> bytes:
+    """Return the bytes that a request's signature covers."""
+    return json.dumps([FORMAT, request.site, request.token, request.public_key, request.certificate]).encode()

@@ -21,6 +21,7 @@ import psutil
 
 OWNER = "HEMAFED_OWNER"  # environment of what a daemon starts: the daemon's folder
 END_TIMEOUT_S = 15.0
+LOOPBACK = ("127.0.0.1", "localhost")  # reached past any proxy
 _LOCK_WAIT_S = 2.0  # a look at the lock (is_held) takes it for a moment
 
 
@@ -123,7 +124,7 @@ def flower_environment(owner: Path, home: Path, **more: str) -> dict[str, str]:
     }
     environment.pop("PYTHONPATH", None)
     # Ours speak to each other on this machine; programs read the one name or the other.
-    spared = ",".join(filter(None, (environment.get("no_proxy"), environment.get("NO_PROXY"), "127.0.0.1,localhost")))
+    spared = ",".join(filter(None, (environment.get("no_proxy"), environment.get("NO_PROXY"), *LOOPBACK)))
     return environment | {"no_proxy": spared, "NO_PROXY": spared}
 
 

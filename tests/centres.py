@@ -103,16 +103,33 @@ def page(date: datetime | None = None, *more: str) -> bytes:
     return "\r\n".join(("HTTP/1.1 404 Not Found", *told, "Content-Length: 0", *more, "", "")).encode()
 
 
-def over_tls(pair: Pair, content: bytes = b"", heard: list[bytes] | None = None) -> Answer:
-    """Show a certificate and answer one request; `heard` collects the requests."""
+def over_tls(
+    pair: Pair,
+    content: bytes = b"",
+    heard: list[bytes] | None = None,
+    clients: tuple[Path, list[bytes]] | None = None,
+) -> Answer:
+    """Show a certificate and answer one request.
+
+    Args:
+      pair: the server's.
+      content: the answer.
+      heard: collects the requests.
+      clients: the certificate that a client must present, and a list that collects it, DER.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair.certificate, pair.key)
+    if clients is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(clients[0])
 
     def answer(line: socket.socket) -> None:
         with context.wrap_socket(line, server_side=True) as secure:
             request = secure.recv(65536)
             if heard is not None:
                 heard.append(request)
+            if clients is not None:
+                clients[1].append(secure.getpeercert(binary_form=True))
             secure.sendall(content)
 
     return answer

@@ -6,11 +6,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
-from client.enrol import read_known_centre
+from client.enrol import read_known_centre, read_node_key
 from client.ready import Finding, check_ready
 from server.authority import Pair, issue_server, make_authority, read_certificate
 from server.centre import Centre
+from shared.enrol import REVOKED, UNKNOWN, make_certificate, make_node_key
 from shared.site import Site, read_site
 from tests.centres import closed_port, enrol, make_centre, over_tls, page, serving
 from tests.small_sites import ingested, make_site, patients
@@ -76,7 +78,7 @@ def test_the_centre_learns_nothing_but_that_somebody_asked(site: Site, centre: C
     heard: list[bytes] = []
     with serving(over_tls(centre.public, page(NOON), heard)) as port:
         check_ready(towards(site, port))
-    assert heard == [f"GET / HTTP/1.1\r\nHost: localhost:{port}\r\nAccept-Encoding: identity\r\n\r\n".encode()]
+    assert heard == [f"GET / HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode()]
 
 
 def test_a_centre_that_closes_after_its_answer_is_one_that_answers(site: Site, centre: Centre) -> None:
@@ -108,6 +110,71 @@ def test_without_a_time_from_the_centre_nothing_is_said_of_the_clock(site: Site,
     findings = asked(site, centre.public, page())
     assert [finding.what for finding in findings] == ["data", "key", "authority", "connection"]
     assert findings[-1].good
+
+
+def refused(text: str, status: str = "403 Forbidden") -> bytes:
+    """The answer of a door that does not let somebody in."""
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (refused(UNKNOWN), "does not know this site's key: the centre has not registered the request yet"),
+        (refused(REVOKED), "has revoked this site's key; ask the centre, and answer a new invitation"),
+        (refused("x" * 100_000), "a proxy may be in between"),
+        (refused("", "502 Bad Gateway"), "answers with status 502, expected 404: another service or a proxy is there"),
+        (refused("", "200 OK"), "answers with status 200, expected 404"),
+    ],
+)
+def test_a_door_that_does_not_let_the_site_in_is_told(site: Site, centre: Centre, answer: bytes, told: str) -> None:
+    findings = asked(site, centre.public, answer)
+    assert [finding.what for finding in findings if not finding.good] == ["connection"]
+    assert told in found(findings, "connection").text
+
+
+def test_the_nodes_certificate_is_presented(site: Site, centre: Centre) -> None:
+    known = read_known_centre(site)
+    shown: list[bytes] = []
+    with serving(over_tls(centre.public, page(NOON), clients=(known.certificate, shown))) as port:
+        check_ready(towards(site, port))
+    (certificate,) = shown
+    assert x509.load_der_x509_certificate(certificate).public_key() == read_node_key(known).public_key()
+
+
+@pytest.mark.parametrize("content", [None, "", "nothing", "another"])
+def test_a_certificate_that_cannot_be_used_is_told(site: Site, centre: Centre, content: str | None) -> None:
+    path = read_known_centre(site).certificate
+    path.unlink()
+    if content is not None:
+        path.write_text(make_certificate(SITE, make_node_key()) if content == "another" else content)
+    findings = asked(site, centre.public)
+    assert [finding.what for finding in findings if not finding.good] == ["key"]
+    assert "node.crt" in found(findings, "key").text
+    assert found(findings, "key").text.endswith("answer a new invitation")
+
+
+def test_the_way_is_the_nodes_way_with_its_proxy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that takes the node's calls takes those of the check, and is named with what it refuses."""
+    heard: list[bytes] = []
+
+    def proxy(line: object) -> None:
+        heard.append(line.recv(65536))
+        line.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+
+    with serving(proxy) as port:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        text = found(check_ready(towards(site, 443, "centre.example.org")), "connection").text
+        assert heard[0].startswith(b"CONNECT centre.example.org:443 HTTP/1.1")
+        assert "centre.example.org:443 cannot be reached: the proxy refuses (407 Proxy Authentication Required)" in text
+        assert "HTTPS_PROXY is set, and the node goes through 127.0.0.1" in text
+        monkeypatch.setenv("NO_PROXY", "centre.example.org")
+        monkeypatch.setenv("no_proxy", "centre.example.org")
+        assert "PROXY" not in found(check_ready(towards(site, 443, "centre.example.org")), "connection").text
+        assert len(heard) == 1
 
 
 def test_a_server_of_another_authority_is_not_the_centre(site: Site, tmp_path: Path) -> None:
@@ -166,7 +233,7 @@ def test_a_service_that_hangs_up_is_told(site: Site) -> None:
 def test_a_server_that_takes_the_request_and_hangs_up_is_told(site: Site, centre: Centre) -> None:
     connection = found(asked(site, centre.public, b""), "connection")
     assert not connection.good
-    assert "cannot be reached (RemoteDisconnected" in connection.text
+    assert "cannot be reached (RemoteProtocolError" in connection.text
 
 
 def test_a_centre_that_is_down_is_told(site: Site) -> None:

@@ -3,22 +3,15 @@ from __future__ import annotations
 import re
 import stat
 import tomllib
-from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tomli_w
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from server.authority import issue_server
 from server.centre import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.members import read_sites
-from shared.enrol import (
-    Request,
-    _signed,
-)
 from tests.centres import make_centre
 from tests.small_sites import contents
 
@@ -95,12 +88,6 @@ def test_what_could_not_be_served_is_refused_when_made_and_when_read(
 def test_a_folder_whose_name_nginx_would_read_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CentreError, match=r"\['\$'\], which nginx reads otherwise"):
         make_centre(tmp_path / "costs $5")
-
-
-def signed_as(token: str, public_key: str, key: ec.EllipticCurvePrivateKey) -> Request:
-    """A request of hospital-02, signed by who has the key, with the key written in another way."""
-    signature = key.sign(_signed("hospital-02", token, public_key), ec.ECDSA(hashes.SHA384()))
-    return Request("hospital-02", token, public_key, b64encode(signature).decode())
 
 
 def test_renewed_certificates_need_nothing_new_of_hospitals(centre: Centre) -> None:

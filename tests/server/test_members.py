@@ -4,12 +4,16 @@ import shutil
 import subprocess
 from base64 import b64encode
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID as Use
+from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from client.enrol import init_site, read_known_centre, read_node_key
 from server.centre import Centre, CentreError
@@ -19,6 +23,7 @@ from shared.enrol import (
     Request,
     _signed,
     key_fingerprint,
+    make_certificate,
     make_node_key,
     make_request,
     public_text,
@@ -197,8 +202,43 @@ def test_one_key_does_not_look_like_two(centre: Centre) -> None:
 
 def signed_as(token: str, public_key: str, key: ec.EllipticCurvePrivateKey) -> Request:
     """A request of hospital-02, signed by who has the key, with the key written in another way."""
-    signature = key.sign(_signed("hospital-02", token, public_key), ec.ECDSA(hashes.SHA384()))
-    return Request("hospital-02", token, public_key, b64encode(signature).decode())
+    return signed(Request("hospital-02", token, public_key, make_certificate("hospital-02", key), ""), key)
+
+
+def signed(request: Request, key: ec.EllipticCurvePrivateKey) -> Request:
+    """The request with a signature that is right, whatever stands in it."""
+    return replace(request, signature=b64encode(key.sign(_signed(request), ec.ECDSA(hashes.SHA384()))).decode())
+
+
+def self_signed(key: ec.EllipticCurvePrivateKey, ca: bool = False, use: ObjectIdentifier = Use.CLIENT_AUTH) -> str:
+    """A certificate of a key with one thing that make_certificate would not write."""
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SITE)]), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 7, now - timedelta(days=1), now + timedelta(days=9))
+    made = made.add_extension(x509.BasicConstraints(ca, None), True).add_extension(x509.ExtendedKeyUsage([use]), False)
+    return made.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM).decode()
+
+
+def test_a_certificate_that_could_let_in_others_is_refused(centre: Centre) -> None:
+    """The door trusts every certificate in its list as it is."""
+    key, other = make_node_key(), make_node_key()
+    good = answer(centre, key=key)
+    for certificate, told in (
+        (self_signed(key, ca=True), "is for more than a client"),
+        (self_signed(key, use=Use.SERVER_AUTH), "is for more than a client"),
+        (make_certificate(SITE, other), "is of another key than the request's"),
+        (make_certificate("hospital-02", key), "names another site"),
+        (make_certificate(SITE, key, days=-1), "which is not now"),
+        (good.certificate + make_certificate(SITE, other), "has something beside it"),
+        ("# mine\n" + good.certificate, "has something beside it"),
+        (good.certificate * 9, "expected at most 4096"),
+        (good.certificate.replace("A", "B", 40), "cannot be used"),
+        ("", "cannot be used"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "cannot be used"),
+    ):
+        with pytest.raises(EnrolError, match=told):
+            register(centre, signed(replace(good, certificate=certificate), key))
+    assert register(centre, good).certificate == good.certificate
+    assert "BEGIN CERTIFICATE" in revoke(centre, SITE).certificate, "the door tells its owner that it was revoked"
 
 
 def test_a_registered_site_is_not_invited_until_it_is_revoked(centre: Centre) -> None:
