@@ -8,7 +8,6 @@ hospital's site.yaml, who cannot read the node's private key.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from shared.processes import end_owned, flower_environment
 
 START_S = 600.0  # importing torch on a busy machine has taken a minute
 LOOK_S = 30.0  # between two looks whether a run still goes on
-END_S = 10.0
+# One thread from the start, so that it may fork; training has torch's own threads.
+QUIET = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 class AnswerError(Exception):
@@ -84,12 +84,10 @@ class Answering:
         """A process of client/program.py that has one socket."""
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from client.program import main; main()"
         home = self._owner / "flower"
-        # One thread from the start, so that it may fork; training has torch's own threads.
-        quiet = {"OPENBLAS_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "-I", "-c", code, *more, str(line.fileno())],
             cwd="/",
-            env=flower_environment(self._owner, home, **quiet),
+            env=flower_environment(self._owner, home, **QUIET),
             pass_fds=[line.fileno()],
             start_new_session=True,
             **answering_user(self._site_yaml),
@@ -107,6 +105,11 @@ class Answering:
           AnswerError: the process ended without an answer.
           StoppedError: `go_on` said no.
         """
+
+        def idle() -> None:
+            if not go_on():
+                raise StoppedError
+
         self.warm_up()
         ours, theirs = socket.socketpair()
         with ours:
@@ -116,11 +119,8 @@ class Answering:
                 else:
                     _hand_over(self._control, theirs)
             try:
-                send_frames(ours, task.frames())
-                while not select.select([ours], [], [], 0.5)[0]:
-                    if not go_on():
-                        raise StoppedError
-                return receive_frames(ours)
+                send_frames(ours, task.frames(), idle)
+                return receive_frames(ours, idle)
             except (OSError, FrameError) as error:
                 raise AnswerError(f"the process that answers ended ({error})") from error
             except StoppedError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
@@ -21,6 +21,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 MOST_BYTES = 1 << 30  # of one list: eleven sets of heads and an encoder of the largest model
 MOST_FRAMES = 20_000
+IDLE_S = 0.5
+_PIECE = 1 << 20
 _COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -28,40 +30,64 @@ class FrameError(ConnectionError):
     """The other side ended, or sent what is no list within the bounds."""
 
 
-def send_frames(line: socket.socket, frames: Iterable[bytes]) -> None:
-    """Send a list; returns when the other side, or the socket's buffer, has all of it."""
+def send_frames(line: socket.socket, frames: Iterable[bytes], idle: Callable[[], None] | None = None) -> None:
+    """Send a list; returns when the other side, or the socket's buffer, has all of it.
+
+    Args:
+      line: a stream socket.
+      frames: the list.
+      idle: called each time that nothing could be sent for IDLE_S; what it raises ends the sending.
+    """
+    line.settimeout(IDLE_S if idle else None)
     parts = list(frames)
-    line.sendall(_COUNT.pack(len(parts)))
+    _send(line, _COUNT.pack(len(parts)), idle)
     for part in parts:
-        line.sendall(_LENGTH.pack(len(part)))
-        line.sendall(part)
+        _send(line, _LENGTH.pack(len(part)), idle)
+        _send(line, part, idle)
 
 
-def receive_frames(line: socket.socket) -> list[bytes]:
+def _send(line: socket.socket, part: bytes, idle: Callable[[], None] | None) -> None:
+    view = memoryview(part)
+    while view:
+        try:
+            view = view[line.send(view[:_PIECE]) :]
+        except TimeoutError:
+            idle()
+
+
+def receive_frames(line: socket.socket, idle: Callable[[], None] | None = None) -> list[bytes]:
     """Receive a list.
 
+    Args:
+      line: a stream socket.
+      idle: called each time that nothing came for IDLE_S; what it raises ends the receiving.
     Raises:
       FrameError: the other side ended before its end, or it is larger than the bounds.
     """
-    (count,) = _COUNT.unpack(_exactly(line, _COUNT.size))
+    line.settimeout(IDLE_S if idle else None)
+    (count,) = _COUNT.unpack(_receive(line, _COUNT.size, idle))
     if count > MOST_FRAMES:
         raise FrameError(f"a list of {count} parts, expected at most {MOST_FRAMES}")
     frames, left = [], MOST_BYTES
     for _ in range(count):
-        (length,) = _LENGTH.unpack(_exactly(line, _LENGTH.size))
+        (length,) = _LENGTH.unpack(_receive(line, _LENGTH.size, idle))
         left -= length
         if left < 0:
             raise FrameError(f"a list of more than {MOST_BYTES} bytes")
-        frames.append(_exactly(line, length))
+        frames.append(_receive(line, length, idle))
     return frames
 
 
-def _exactly(line: socket.socket, size: int) -> bytes:
+def _receive(line: socket.socket, size: int, idle: Callable[[], None] | None) -> bytes:
     """So many bytes."""
     buffer = bytearray(size)
     view = memoryview(buffer)
     while view:
-        got = line.recv_into(view)
+        try:
+            got = line.recv_into(view)
+        except TimeoutError:
+            idle()
+            continue
         if not got:
             raise FrameError("the other side ended")
         view = view[got:]

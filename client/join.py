@@ -138,6 +138,7 @@ class Daemon:
         except AnswerError as error:
             self._say(str(error))
             frames = error_frames(order, connection.node_id)
+        self._say(f"sending the reply to {message_text(order.message)}")
         connection.push(order.run_id, frames)
         self._say(f"answered {message_text(order.message)}")
 

@@ -9,6 +9,7 @@ node's private key; it reads names, sizes and hashes of what comes and gives the
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import threading
 import time
@@ -19,7 +20,6 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.common.serde import message_from_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -282,10 +282,9 @@ class Connection:
 
 
 def message_text(message: MessageProto) -> str:
-    """A message in a few words, for the log."""
-    metadata = message_from_proto(message).metadata
-    round_text = f" round {metadata.group_id[:20]!a}" if metadata.group_id else ""
-    return f"{metadata.message_type[:60]!a}{round_text} of run {metadata.run_id}"
+    """A message in a few words, for the log; its kind is from the centre and may be anything."""
+    kind = message.metadata.message_type
+    return f"{kind if re.fullmatch(r'[a-z.]{1,40}', kind) else 'an unknown kind'} of run {message.metadata.run_id}"
 
 
 def _call(method: Callable, request: object) -> object:

@@ -22,6 +22,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from client.code import CodeError, InstalledOnly, code_hash, installed_places
@@ -29,6 +30,8 @@ from client.frames import FrameError, receive_frames, send_frames
 
 READY = b"ready"
 CANNOT_FORK = b"cannot fork"
+# All that an answer needs. torch.optim imports torch._dynamo at its first step, which takes seconds.
+_NEEDED = ("client.answer", "torch._dynamo", "torch.utils.serialization", "encodings.cp437")
 log = logging.getLogger("hemafed.client")
 
 
@@ -101,9 +104,8 @@ def prepare() -> str:
       CodeError: the code on the disk changed meanwhile, so that nobody knows which was imported.
     """
     before = code_hash()
-    import torch._dynamo  # noqa: F401  torch.optim imports it at the first step, which takes seconds
-    from torch.optim import Muon  # noqa: F401
-
+    for name in _NEEDED:
+        import_module(name)
     if code_hash() != before:
         raise CodeError("the installed code changed while it was being imported")
     sys.meta_path.insert(0, InstalledOnly(installed_places()))

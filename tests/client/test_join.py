@@ -1,41 +1,21 @@
 from __future__ import annotations
 
-import inspect
 import os
-import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client.gate import ROOT, RUNNING
-from flwr.supercore.error.base import ApiErrorCode
-from flwr.supernode import fleet_http_connection, start_client_internal
 
 import client.join
 from client.enrol import read_known_centre
-from client.join import Daemon, _answering, _reason, install_unit, site_unit
+from client.join import Daemon, install_unit, site_unit
 from shared.enrol import EnrolError
 from shared.processes import flower_environment, hold, is_held, owned
 from shared.site import read_site
 from tests.centres import enrol, make_centre
 from tests.small_sites import make_site
-
-RECEIVING = "INFO :      Receiving: train message (ID: 6f0c)"
-SENDING = "INFO :      Sending: train message (ID: 91ab)"
-ENDS = [
-    "INFO :      Sent successfully",
-    "ERROR :     Failed to receive message 6f0c: timed out",
-    "ERROR :     Failed to send message 91ab: [Errno 104] Connection reset by peer",
-    "INFO :      Run ID 17 is not in `RUNNING` status. Ignoring message 6f0c.",
-    "INFO :      Run ID 17 is not in `RUNNING` status. Ignoring reply message 91ab.",
-    "INFO :      Run transitioned to a non-`RUNNING` status while receiving a message. Ignoring the message.",
-]
 
 
 @pytest.fixture
@@ -58,61 +38,6 @@ def wait(until: object, timeout_s: float = 20.0) -> None:
     while not until():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-def test_a_message_is_being_answered_from_its_arrival_until_its_reply_is_sent() -> None:
-    assert _answering(RECEIVING, False)
-    for line in ("INFO :      [RUN 17, ROUND 3]", "INFO :      Received successfully", SENDING, "epoch 1 of 2", ""):
-        assert _answering(line, True)
-        assert not _answering(line, False)
-    for line in ENDS:
-        assert not _answering(line, True)
-
-
-def test_the_node_of_flower_writes_these_lines() -> None:
-    """Another version of Flower may have other words; then the daemon would end nodes that work, or none."""
-    source = inspect.getsource(start_client_internal)
-    for text in (
-        '"Receiving: %s message (ID: %s)"',
-        '"Sending: %s message (ID: %s)"',
-        '"Sent successfully"',
-        '"Failed to receive message %s: %s"',
-        '"Failed to send message %s: %s"',
-        '"Run ID %s is not in `RUNNING` status. Ignoring message %s."',
-        '"Run ID %s is not in `RUNNING` status. Ignoring reply message %s."',
-        '"Ignoring the message."',
-    ):
-        assert text in source, text
-    source = inspect.getsource(fleet_http_connection)
-    assert 'f"[code: {flower_error.code}] {flower_error.message}"' in source
-    assert '"recognize this SuperNode."' in source
-    assert ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED == 2004
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        (
-            "[code: 2004] Node activation failed.",
-            "it is not registered or revoked (ask the centre), or it still counts",
-        ),
-        (
-            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer (_ssl.c:1006)",
-            "the centre's certificate cannot be trusted; 'hemafed-client join --check' says why",
-        ),
-        (
-            "ERROR :     Heartbeat failed unexpectedly. The SuperLink does not recognize this SuperNode.",
-            "the centre has forgotten this node, as it does when it starts anew",
-        ),
-    ],
-)
-def test_an_end_is_told_in_words_with_the_next_step(line: str, told: str) -> None:
-    assert told in _reason(line)
-
-
-@pytest.mark.parametrize("line", ["", RECEIVING, *ENDS, "[code: 2008] Failed to get run.", "code: 2004"])
-def test_other_lines_tell_nothing_of_an_end(line: str) -> None:
-    assert _reason(line) == ""
 
 
 def test_a_site_without_a_centre_has_nothing_to_join(tmp_path: Path) -> None:
@@ -158,152 +83,6 @@ def test_a_daemon_ends_what_one_that_was_killed_left(daemon: Daemon, site_yaml: 
             process.wait()
 
 
-@pytest.mark.parametrize("name", ["flwr-serverapp", "flwr-simulation", "flwr-agentapp", "flwr-connector", "flwr-model"])
-def test_a_site_runs_no_app_of_another_kind(daemon: Daemon, name: str) -> None:
-    programs = daemon._write_programs()
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    assert shutil.which(name, path=path) == str(programs / name)
-    done = subprocess.run([programs / name, "--token", "x"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"this site runs no app of the kind {name}\n"
-
-
-def test_every_program_of_an_app_that_flower_has_is_ours(daemon: Daemon) -> None:
-    """A new kind of app in another version of Flower must not slip past."""
-    programs = {path.name for path in daemon._write_programs().iterdir()}
-    installed = {path.name for path in Path(sys.executable).parent.glob("flwr-*")}
-    assert installed <= programs
-
-
-def test_a_client_app_is_the_program_of_the_site(daemon: Daemon, tmp_path: Path) -> None:
-    """It says which process it is, in the directory of the site's own code, and takes what flwr-clientapp takes."""
-    program, pid_file = daemon._write_programs() / "flwr-clientapp", tmp_path / "app.pid"
-    environment = flower_environment(tmp_path, tmp_path / "flower", **{RUNNING: str(pid_file)})
-    started = subprocess.Popen(
-        [program, "--help"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    output, _ = started.communicate(timeout=300)
-    assert started.returncode == 0, output
-    assert "--runtime-api-address" in output
-    assert int(pid_file.read_text()) == started.pid
-    assert f"cd {ROOT}" in program.read_text()
-
-
-def test_programs_are_written_anew_whatever_was_there(daemon: Daemon) -> None:
-    folder = daemon._write_programs()
-    (folder / "flwr-serverapp").write_text("#!/bin/sh\nexit 0\n")
-    (folder / "flwr-serverapp").chmod(0o644)
-    assert daemon._write_programs() == folder
-    assert subprocess.run([folder / "flwr-serverapp"], stderr=subprocess.DEVNULL, check=False).returncode == 1
-
-
-@pytest.fixture
-def watched(daemon: Daemon) -> Iterator[object]:
-    """Watch a process that writes what a node would, in a thread; the process and its end."""
-    begun = []
-
-    def watch(script: str) -> tuple[subprocess.Popen, threading.Thread]:
-        node = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
-        thread = threading.Thread(target=daemon._watch, args=(node,))
-        begun.append((node, thread))
-        thread.start()
-        return node, thread
-
-    yield watch
-    daemon.stop()
-    for node, thread in begun:
-        if node.poll() is None:
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-        thread.join(10)
-
-
-def gone_pid() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
-
-
-def test_a_node_is_watched_until_it_ends_and_its_last_reason_is_kept(
-    watched: object, daemon: Daemon, said: list[str]
-) -> None:
-    _, thread = watched("echo 'INFO : Starting'; echo '[code: 2004] Node activation failed.'; echo; echo 'Bye'; exit 1")
-    thread.join(20)
-    assert not thread.is_alive()
-    assert said == ["INFO : Starting", "[code: 2004] Node activation failed.", "Bye"]
-    assert "the centre does not take this node" in daemon._reason
-
-
-def test_a_node_is_watched_until_the_daemon_is_told_to_stop(watched: object, daemon: Daemon) -> None:
-    node, thread = watched("sleep 60")
-    daemon.stop()
-    thread.join(20)
-    assert not thread.is_alive()
-    assert node.poll() is None, "who watches ends nobody; the daemon does afterwards"
-
-
-def test_a_node_that_waits_for_an_app_that_died_is_given_up(
-    watched: object, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client.join, "WEDGED_S", 0.3)
-    daemon._running.write_text(str(gone_pid()))
-    _, thread = watched(f"echo '{RECEIVING}'; sleep 60")
-    thread.join(20)
-    assert not thread.is_alive()
-    assert daemon._reason == "its app ended without an answer"
-
-
-BROKEN = "WARNING :   Giving up reconnection after 30.11 seconds and 2 tries."
-
-
-def test_a_node_whose_connection_broke_and_did_not_come_back_is_given_up(
-    watched: object, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client.join, "WEDGED_S", 0.3)
-    _, thread = watched(f"echo '{BROKEN}'; sleep 60")
-    thread.join(20)
-    assert not thread.is_alive()
-    assert daemon._reason == "its connection broke, and it did not come back by itself"
-
-
-@pytest.mark.parametrize(
-    ("lines", "app"),
-    [
-        ([RECEIVING], "lives"),
-        ([RECEIVING], "has not begun"),
-        ([RECEIVING, SENDING, ENDS[0]], "ended"),
-        ([], "ended"),
-        ([BROKEN, "INFO : Connection successful after 16.95 seconds and 6 tries."], "ended"),
-        ([RECEIVING, BROKEN], "lives"),
-    ],
-    ids=[
-        "its app lives",
-        "its app has not begun",
-        "it has answered",
-        "it was asked nothing",
-        "its connection came back",
-        "its app trains without a connection",
-    ],
-)
-def test_a_node_is_not_given_up_while(
-    watched: object,
-    daemon: Daemon,
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    lines: list[str],
-    app: str,
-) -> None:
-    monkeypatch.setattr(client.join, "WEDGED_S", 0.3)
-    if app != "has not begun":
-        daemon._running.write_text(str(os.getpid() if app == "lives" else gone_pid()))
-    told = f"printf '%s\\n' {' '.join(map(shlex.quote, lines))};" if lines else ""  # all at once
-    _, thread = watched(f"{told} sleep 60")
-    wait(lambda: len(said) == len(lines))
-    thread.join(1.5)
-    assert thread.is_alive()
-
-
 def verified(path: Path, user: bool, runtime: Path) -> list[str]:
     """What systemd says about a unit file."""
     if shutil.which("systemd-analyze") is None:
@@ -346,10 +125,13 @@ def test_the_unit_of_a_user_is_written_where_systemd_looks_for_it(
     ]
 
 
-def test_the_unit_of_the_system_runs_as_the_owner_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unit_of_the_system_leaves_the_key_to_root_and_answers_as_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site_yaml = tmp_path / "site.yaml"
     site_yaml.touch()
-    assert ("User=" in site_unit(site_yaml, user=False)) == (site_yaml.stat().st_uid != 0)
     monkeypatch.setattr(client.join, "user_name", lambda number: "radiology")
-    assert "\nUser=radiology\n" in site_unit(site_yaml, user=False)
-    assert "User=" not in site_unit(site_yaml, user=True), "a user's own manager runs as that user"
+    text = site_unit(site_yaml, user=False)
+    assert "User=" not in text
+    assert "# Messages are answered as radiology, the owner of site.yaml.\nCapabilityBoundingSet=CAP_SETUID" in text
+    assert "CapabilityBoundingSet" not in site_unit(site_yaml, user=True), "a user's own manager has no such right"

@@ -123,7 +123,7 @@ def test_a_client_app_that_is_killed_while_it_trains_costs_its_round_alone(feder
 
 def test_a_daemon_that_is_killed_while_it_sends_comes_back(federation: Federation) -> None:
     place = len(federation.log("hospital-03").read_text())
-    federation.wait_line("hospital-03", "Sending: train", place)
+    federation.wait_line("hospital-03", "sending the reply to train", place)
     federation.cut_power("hospital-03")
     federation.start("hospital-03")
     wait_back(federation, "hospital-03")
@@ -131,7 +131,7 @@ def test_a_daemon_that_is_killed_while_it_sends_comes_back(federation: Federatio
 
 def test_a_network_that_is_cut_for_longer_than_a_round(federation: Federation, line: Relay) -> None:
     after, place = len(rounds(federation)), len(federation.log("hospital-02").read_text())
-    federation.wait_line("hospital-02", "Receiving: train", place)
+    federation.wait_line("hospital-02", "received train", place)
     line.cut()
     reason = wait_refused(federation, "hospital-02", after)
     assert "no reply within" in reason or "Node Unavailable" in reason or "offline" in reason

@@ -29,7 +29,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
         federation.begin_run("story", CONFIG)
 
         # A hospital loses power while it trains. The round waits for it, for the quorum is three.
-        federation.wait_line("hospital-02", "Receiving: train")
+        federation.wait_line("hospital-02", "received train")
         federation.cut_power("hospital-02")
         federation.start("hospital-02")
         federation.wait_rounds("story", 1, 900)
