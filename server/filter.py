@@ -44,7 +44,7 @@ class Instruction:
       run: number of its run.
       objects: of the instruction, which the node may pull.
       reply: id of the reply; empty until it came.
-      sessions: in which the reply's objects are pushed.
+      session: Flower's, in which the reply's objects are pushed.
       pending: the reply's objects that are still to come.
       left: bytes that the reply may still have.
     """
@@ -53,7 +53,7 @@ class Instruction:
     objects: frozenset[str]
     left: int
     reply: str = ""
-    sessions: set[str] = field(default_factory=set)
+    session: str = ""
     pending: set[str] = field(default_factory=set)
 
 
@@ -105,8 +105,24 @@ class Ledger:
             if instruction is not None:
                 instruction.reply = metadata.message_id
                 instruction.left -= request.ByteSize()
-                instruction.sessions.add(response.session_id)
-                instruction.pending.update(response.objects_to_push)
+                instruction.session = response.session_id
+                instruction.pending = set(response.objects_to_push)
+
+    def repeated(self, request: PushMessagesRequest) -> PushMessagesResponse | None:
+        """Return the answer to a reply that is announced again, since its node did not get the first; None for a new one.
+
+        Flower would answer that it wants no objects, and the reply would never be complete.
+        """
+        metadata = request.messages_list[0].metadata
+        with self._lock:
+            instruction = self._nodes[request.node.node_id].get(metadata.reply_to_message_id)
+            if instruction is None or not instruction.reply:
+                return None
+            return PushMessagesResponse(
+                results={instruction.reply: 0},
+                objects_to_push=sorted(instruction.pending),
+                session_id=instruction.session,
+            )
 
     def expects(self, node: int) -> bool:
         """Return whether a node has objects of a reply still to send; asked before an object's body is read."""
@@ -122,11 +138,7 @@ class Ledger:
         size = len(request.object_content)
         with self._lock:
             for one in self._nodes.get(request.node.node_id, {}).values():
-                if (
-                    request.session_id in one.sessions
-                    and request.object_id in one.pending
-                    and one.run == request.run_id
-                ):
+                if (request.session_id, request.run_id) == (one.session, one.run) and request.object_id in one.pending:
                     break
             else:
                 raise RefusedError(OBJECT)

@@ -122,7 +122,12 @@ def _caller(state: Callable[[], Any], headers: dict[str, str]) -> int | None:
 def install(ledger: Ledger, refusals: Refusals) -> None:
     """Put the ledger around Flower's handlers of hospitals' calls, and the gate around its app."""
 
-    def checked(name: str, check: Callable, done: Callable = lambda request, response: None) -> None:
+    def checked(
+        name: str,
+        check: Callable,
+        done: Callable = lambda request, response: None,
+        known: Callable = lambda request: None,
+    ) -> None:
         handler = getattr(fleet_handlers, name)
 
         def handle(request: Any, **rest: Any) -> Any:
@@ -131,21 +136,20 @@ def install(ledger: Ledger, refusals: Refusals) -> None:
             except RefusedError as error:
                 refusals.count(request.node.node_id, str(error))
                 raise HTTPException(403, str(error)) from error
+            if (answer := known(request)) is not None:
+                return answer
             response = handler(request=request, **rest)
             done(request, response)
             return response
 
         setattr(fleet_handlers, name, handle)
 
-    def replied(request: Any, response: Any) -> None:
-        ledger.replied(request, response)
-
     def stored(request: Any, response: Any) -> None:
         if response.stored:
             ledger.stored(request)
 
     checked("pull_messages", lambda request: None, lambda request, answer: ledger.sent(request.node.node_id, answer))
-    checked("push_messages", ledger.check_reply, replied)
+    checked("push_messages", ledger.check_reply, ledger.replied, ledger.repeated)
     checked("push_object", ledger.check_object, stored)
     checked("pull_object", ledger.check_pull)
     checked("confirm_message_received", ledger.check_confirmation)

@@ -30,10 +30,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.interceptors.http import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.enrol import centre_context, read_known_centre, read_node_key
+from server.filter import objects_of
 from shared.site import read_site
 
 
@@ -46,7 +48,8 @@ class FleetNode:
       number: of the node, once it is active.
     """
 
-    def __init__(self, site_yaml: Path):
+    def __init__(self, site_yaml: Path, patient: bool = False):
+        """One that is patient tries again where a line is cut or the door is busy, as Flower's own node does."""
         known = read_known_centre(read_site(site_yaml))
         self.key: ec.EllipticCurvePrivateKey = read_node_key(known)
         self.client = FleetHttpClient(
@@ -56,6 +59,7 @@ class FleetNode:
                 NodeAuthHttpInterceptor(self.key, self.key.public_key()),
             ],
             verify=centre_context(known),
+            retry_invoker=make_simple_http_retry_invoker() if patient else None,
         )
         self.number = 0
 
@@ -71,7 +75,7 @@ class FleetNode:
         return self.client.PullMessages(PullMessagesRequest(node=Node(node_id=self.number)))
 
     def get(self, run: int, number: str) -> bytes:
-        """An object's bytes."""
+        """An object's bytes; none while the centre has not sent it yet."""
         request = PullObjectRequest(node=Node(node_id=self.number), run_id=run, object_id=number)
         return self.client.PullObject(request).object_content
 
@@ -113,9 +117,13 @@ class FleetNode:
         while not stop.wait(0.05):
             self.beat()
             got = self.pull()
-            for one in got.messages_list:
+            for one, tree in zip(got.messages_list, got.message_object_trees, strict=True):
                 instruction = message_from_proto(one)
-                self.confirm(instruction.metadata.run_id, got.message_object_trees[0].object_id)
+                run = instruction.metadata.run_id
+                for number in objects_of(tree):
+                    while not self.get(run, number):
+                        stop.wait(0.05)
+                self.confirm(run, tree.object_id)
                 self.answer(instruction, content())
 
 
