@@ -8,23 +8,29 @@ takes one reply to each from that node, and only the objects of that reply, up t
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from flwr.app import Array
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_body
 
 MOST_INSTRUCTIONS = 64  # that are remembered of one node; a run has one or two open at a time
 MOST_OBJECTS = 20_000  # of one reply
+MOST_REPEATED = 2_000  # places in its list at which an object stands again
+LARGEST_PIECE = 8_192 * 1024  # bytes; the door lets no larger object in
 LONGEST_TEXT = 256  # characters of each name in a reply's metadata
 LONGEST_RUNTIME_S = 30 * 86400.0
 SOURCE = "sends a message in another's name"
 DESTINATION = "sends a message to a node; only the centre instructs"
 SHAPE = "sends a message that is no single reply with its list of objects"
+ARRAY = "sends an array whose list of pieces cannot be read"
 UNASKED = "answers an instruction that it was not sent"
 TWICE = "answers an instruction a second time, with another reply"
 OBJECT = "sends an object that no reply of its own announced"
@@ -46,7 +52,8 @@ class Instruction:
       reply: id of the reply; empty until it came.
       session: Flower's, in which the reply's objects are pushed.
       pending: the reply's objects that are still to come.
-      left: bytes that the reply may still have.
+      uses: how often each object stands in the reply; the run's process puts it together as often.
+      left: bytes that the reply may still have, once it is put together.
     """
 
     run: int
@@ -55,6 +62,7 @@ class Instruction:
     reply: str = ""
     session: str = ""
     pending: set[str] = field(default_factory=set)
+    uses: Counter[str] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -107,6 +115,7 @@ class Ledger:
                 instruction.left -= request.ByteSize()
                 instruction.session = response.session_id
                 instruction.pending = set(response.objects_to_push)
+                instruction.uses = Counter(objects_of(request.message_object_trees[0]))
 
     def repeated(self, request: PushMessagesRequest) -> PushMessagesResponse | None:
         """Return the answer to a reply that is announced again, since its node did not get the first; None for a new one.
@@ -135,13 +144,15 @@ class Ledger:
         Raises:
           RefusedError: with its reason.
         """
-        size = len(request.object_content)
+        again = repeated_pieces(request.object_content)
         with self._lock:
             for one in self._nodes.get(request.node.node_id, {}).values():
                 if (request.session_id, request.run_id) == (one.session, one.run) and request.object_id in one.pending:
                     break
             else:
                 raise RefusedError(OBJECT)
+            # A piece of a few bytes that stands in an array a million times is a million pieces.
+            size = len(request.object_content) * one.uses[request.object_id] + again * LARGEST_PIECE
             if size > one.left:
                 raise RefusedError(TOO_LARGE)
             one.left -= size
@@ -178,7 +189,10 @@ def _fault(request: PushMessagesRequest) -> str | None:
     texts = (metadata.message_id, metadata.reply_to_message_id, metadata.group_id, metadata.message_type)
     if metadata.message_id != tree.object_id or max(map(len, texts)) > LONGEST_TEXT:
         return SHAPE
-    if sum(1 for _ in objects_of(tree)) > MOST_OBJECTS or len(request.clientapp_runtime_list) > 1:
+    objects = list(objects_of(tree))
+    if len(objects) > MOST_OBJECTS or len(objects) - len(set(objects)) > MOST_REPEATED:
+        return SHAPE
+    if len(request.clientapp_runtime_list) > 1:
         return SHAPE
     times = (metadata.ttl, metadata.created_at, *request.clientapp_runtime_list)
     if not all(math.isfinite(time) and time >= 0 for time in times):
@@ -195,6 +209,24 @@ def objects_of(tree: ObjectTree) -> Iterator[str]:
         one = waiting.pop()
         yield one.object_id
         waiting.extend(one.children)
+
+
+def repeated_pieces(content: bytes) -> int:
+    """Return how many of an array's pieces are there already, as an earlier piece of the same array; 0 for other objects.
+
+    Raises:
+      RefusedError: the array's list of pieces is none.
+    """
+    if not content.startswith(b"Array "):
+        return 0
+    try:
+        told = json.loads(get_object_body(content, Array))
+        pieces = told["arraychunk_ids"]
+        if not all(type(place) is int and place >= 0 for place in pieces):
+            raise RefusedError(ARRAY)
+        return len(pieces) - len(set(pieces))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RefusedError(ARRAY) from error
 
 
 class Refusals:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import (
@@ -18,9 +21,11 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 
 from server.filter import (
+    ARRAY,
     DESTINATION,
     MOST_INSTRUCTIONS,
     MOST_OBJECTS,
+    MOST_REPEATED,
     OBJECT,
     PULL,
     SHAPE,
@@ -32,6 +37,7 @@ from server.filter import (
     Refusals,
     RefusedError,
     objects_of,
+    repeated_pieces,
 )
 
 RUN, NODE, OTHER = 5, 11, 12
@@ -149,7 +155,7 @@ def test_a_tree_of_another_message_or_of_too_many_objects_is_refused(ledger: Led
     request.message_object_trees[0].object_id = "another"
     assert refused(ledger.check_reply, request) == SHAPE
     request = reply()
-    request.message_object_trees[0].children.extend([ObjectTree(object_id="o")] * MOST_OBJECTS)
+    request.message_object_trees[0].children.extend(ObjectTree(object_id=str(n)) for n in range(MOST_OBJECTS))
     assert sum(1 for _ in objects_of(request.message_object_trees[0])) > MOST_OBJECTS
     assert refused(ledger.check_reply, request) == SHAPE
 
@@ -171,6 +177,58 @@ def test_a_reply_has_a_number_of_bytes_and_attempts_count(ledger: Ledger) -> Non
     large = reply()
     large.messages_list[0].content.items.add().key = "k" * LARGEST
     assert refused(ledger.check_reply, large) == TOO_LARGE
+
+
+def array_of(places: object, pieces: int = 1) -> bytes:
+    """An array's object, with the places of its pieces."""
+    told = {"dtype": "float32", "shape": [1], "stype": "numpy.ndarray", "arraychunk_ids": places}
+    body = json.dumps(told).encode()
+    return f"Array {','.join('c' * pieces)} {len(body)}".encode() + b"\0" + body
+
+
+def test_a_piece_counts_as_often_as_it_stands_in_an_array(ledger: Ledger) -> None:
+    """Put together, a megabyte that lists one piece of 5 MB half a million times would be 2.5 TB in the run's process."""
+    assert repeated_pieces(array_of([0, 1, 2])) == 0
+    assert repeated_pieces(array_of([0, 0, 1, 0])) == 2
+    assert repeated_pieces(Array(np.zeros(4_000_000, np.float32)).deflate()) == 1, "zeros are honest, too"
+    assert repeated_pieces(ArrayRecord({"a": Array(np.ones(3))}).deflate()) == 0
+    announce(ledger)
+    assert refused(ledger.check_object, piece(array_of([0] * 1000))) == TOO_LARGE
+    ledger.check_object(piece(array_of([0])))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        array_of(7),
+        array_of("ab"),
+        array_of([0.5]),
+        array_of([-1]),
+        array_of([True]),
+        array_of(None),
+        array_of([[0]]),
+        b"Array ",
+        b"Array c 2\x00{}",
+        b"Array c 9\x00[[[[[[[[",
+        b"Array c x\x00{}",
+        b"Array c 100000\x00" + b"[" * 100000,
+        b"Array c 1\x00\xff",
+        b"Array \xff 1\x00{}",
+    ],
+)
+def test_an_array_whose_pieces_cannot_be_read_is_refused(ledger: Ledger, content: bytes) -> None:
+    announce(ledger)
+    assert refused(ledger.check_object, piece(content)) == ARRAY
+
+
+def test_an_object_that_stands_twice_in_a_reply_counts_twice(ledger: Ledger) -> None:
+    request = reply()
+    request.message_object_trees[0].children.extend([ObjectTree(object_id="part")] * 9)
+    ledger.check_reply(request)
+    ledger.replied(request, PushMessagesResponse(objects_to_push=["part"], session_id="session"))
+    assert refused(ledger.check_object, piece(bytes(LARGEST // 10))) == TOO_LARGE
+    request.message_object_trees[0].children.extend([ObjectTree(object_id="part")] * MOST_REPEATED)
+    assert refused(ledger.check_reply, request) == SHAPE
 
 
 def test_a_node_pulls_and_forgets_its_own_instructions_alone(ledger: Ledger) -> None:
