@@ -25,6 +25,7 @@ UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeEr
 # The numbers that a reply may have, and the largest of each; others are nobody's.
 METRICS = ("patients", "slices", "positives", "steps", "cls", "seg", "rec", "total", "seconds")
 LARGEST_METRIC = 1e12
+LARGEST_VALUE = 1e8  # of a tensor; beyond it squares and steps of a server optimiser are not finite in float32
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Tensors = Mapping[str, NDArray[np.float32]]
@@ -62,7 +63,8 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
       record: as received.
       expected: name -> shape of every tensor that must be there, and no other.
     Raises:
-      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite.
+      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite or beyond
+        LARGEST_VALUE.
     """
     missing, extra = expected.keys() - record.keys(), record.keys() - expected.keys()
     if missing or extra:
@@ -73,8 +75,10 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
     arrays = {}
     for name, shape in expected.items():
         value = _decoded(record[name], f"tensor {name}", np.float32, tuple(shape))
-        if not np.isfinite(value).all():
-            raise UpdateError(f"tensor {name}: {np.count_nonzero(~np.isfinite(value))} values are not finite")
+        if not (np.abs(value) <= LARGEST_VALUE).all():  # NaN is none of them
+            if bad := np.count_nonzero(~np.isfinite(value)):
+                raise UpdateError(f"tensor {name}: {bad} values are not finite")
+            raise UpdateError(f"tensor {name}: values beyond {LARGEST_VALUE:g}")
         arrays[name] = value
     return arrays
 
