@@ -28,6 +28,7 @@ from server.checkpoint import (
 from server.evaluate import EvaluationError, fit_probe, summarise_run
 from server.instructions import sign_as_centre
 from server.members import registered_nodes
+from server.plausible import check_tally
 from server.report import write_report
 from server.roster import Member, QuorumError, Session, content_of, gather, receive
 from server.runs import (
@@ -239,13 +240,16 @@ def test_seen(
     for name, tensors in heads.items():
         content[f"heads-{name}"] = to_record(tensors)
         write_tensors(run / "checkpoint" / f"heads-{stage}-{name}.safetensors", tensors, {})
+    counts = {m.site: m.counts for m in members}
     for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
         content["config"] = ConfigRecord({"split": split, "replicates": replicates})
         messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
         for site, reply in receive(grid, messages, timeout_s):
             try:
                 record = part_of(content_of(reply, timeout_s), "tally", ArrayRecord)
-                save_tally(run, stage, part, site, tally_from_record(record, replicates))
+                tally = tally_from_record(record, replicates)
+                check_tally(tally, counts[site])
+                save_tally(run, stage, part, site, tally)
             except UpdateError as error:
                 say(f"  {site}: no counts of its {split} split: {error}")
 

@@ -1,7 +1,8 @@
 """The centre's own certificate authority: who may speak as the coordinating centre.
 
 One authority, made by `hemafed-server init`, signs the centre's server certificates; hospitals get the authority's
-certificate with their invitation and trust nothing else. Hospitals need no certificate: Flower knows them by their keys.
+certificate with their invitation and trust nothing else. Hospitals' certificates are self-signed and not its work
+(shared/enrol.py).
 Source of the fields: RFC 5280; of the limits on names: RFC 6125.
 """
 

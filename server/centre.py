@@ -24,7 +24,7 @@ import tomli_w
 from server.authority import LOOPBACK, Pair, expiry_warning, issue_server, issue_signer, make_authority, write_private
 
 _NOT_IN_FOLDER = '"$\\\n'
-_KEYS = {"host", "port", "listen", "loopback_port"}
+_KEYS = {"host", "port", "listen", "loopback_port", "largest_reply_mb"}
 CONNECTION = "centre"  # the name of the centre's SuperLink in Flower's own config
 
 
@@ -41,6 +41,8 @@ class Centre:
       host, port: by which hospitals reach it; the only port that is open to them.
       listen: address that the public port is bound to.
       loopback_port: of Flower's SuperLink, on 127.0.0.1 only.
+      largest_reply_mb: a hospital's reply to one instruction may have so many megabytes; tensors of the largest model have
+        113.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Centre:
     port: int = 443
     listen: str = "0.0.0.0"
     loopback_port: int = 8443
+    largest_reply_mb: int = 250
 
     @property
     def authority(self) -> Pair:
@@ -177,6 +180,8 @@ def _check(centre: Centre) -> None:
         port = getattr(centre, name)
         if type(port) is not int or not 1 <= port <= 65535:
             raise CentreError(f"{name} is {port!r}, expected a whole number from 1 to 65535")
+    if type(centre.largest_reply_mb) is not int or not 1 <= centre.largest_reply_mb <= 100_000:
+        raise CentreError(f"largest_reply_mb is {centre.largest_reply_mb!r}, expected a whole number from 1 to 100000")
     if centre.port == centre.loopback_port:
         raise CentreError(
             f"port and loopback_port are both {centre.port}; hospitals and Flower's own processes need one each"

@@ -11,6 +11,7 @@ import re
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import tomli_w
 
 from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
 from server.files import bound_log
-from server.flower import PROGRAMS, centre_environment, flwr
+from server.flower import centre_environment, flwr, write_credentials
 from server.members import read_sites, write_nodes
 from server.proxy import (
     check_port_is_free,
@@ -145,10 +146,15 @@ class Daemon:
         tls += ["--ssl-certfile", str(centre.loopback.certificate), "--ssl-keyfile", str(centre.loopback.key)]
         own = ["--isolation", "process", "--superexec-auth-secret-file", str(centre.secret)]
         place = ["--host", "127.0.0.1", "--port", str(centre.loopback_port)]
+        write_credentials(centre)
         self._start(
             "superlink",
             [
-                "flower-superlink",
+                sys.executable,
+                "-P",  # the working directory is Flower's, and no place for modules
+                "-m",
+                "server.superlink",
+                str(centre.folder),
                 *tls,
                 *place,
                 *own,
@@ -157,9 +163,8 @@ class Daemon:
             ],
         )
         self._wait_until_up()
-        address = ["--runtime-api-address", f"127.0.0.1:{centre.loopback_port}"]
-        trust = ["--root-certificates", str(centre.authority.certificate)]
-        self._start("superexec", ["flower-superexec", *address, *trust, *own[2:]])
+        where = [f"127.0.0.1:{centre.loopback_port}", str(centre.authority.certificate), str(centre.secret)]
+        self._start("superexec", [sys.executable, "-P", "-m", "server.executor", *where])
 
     def _start_proxy(self) -> None:
         """nginx, which hospitals reach."""
@@ -182,8 +187,6 @@ class Daemon:
         """One process, in a session of its own, its output in its log."""
         log = self._log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        if "/" not in command[0]:
-            command = [str(PROGRAMS / command[0]), *command[1:]]
         with open(log, "a") as file:
             self._processes[name] = subprocess.Popen(
                 command,

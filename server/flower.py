@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
+import yaml
+
+from server.authority import write_private
 from server.centre import Centre, CentreError
 from shared.processes import flower_environment
 
@@ -18,6 +24,20 @@ def centre_environment(centre: Centre) -> dict[str, str]:
     """For Flower's programs and commands of this centre."""
     path = os.pathsep.join([str(PROGRAMS), os.environ.get("PATH", "")])
     return flower_environment(centre.folder, centre.flower, PATH=path)
+
+
+def operator_token(centre: Centre) -> str:
+    """Return the token by which the SuperLink knows the centre's own commands from those of other users of this machine."""
+    return hmac.new(centre.secret.read_bytes(), b"operator", hashlib.sha256).hexdigest()
+
+
+def write_credentials(centre: Centre) -> None:
+    """Put the operator's token where Flower's commands look for it; readable by its owner alone."""
+    host, token = f"127.0.0.1:{centre.loopback_port}", operator_token(centre)
+    # Flower sends a bearer token where it believes that somebody logged in; flwr/cli/constant.py has the names.
+    texts = {"authn-type": "oidc", "oidc-access-token": token, "oidc-refresh-token": "none"}
+    content = {f"flower.account-auth.{host}.{name}": b64encode(text.encode()).decode() for name, text in texts.items()}
+    write_private(centre.flower / "credentials.yaml", yaml.safe_dump(content).encode())
 
 
 def flwr(centre: Centre, *arguments: str) -> dict:

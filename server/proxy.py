@@ -13,6 +13,7 @@ each call, and server/filter.py what the call is about.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 import socket
@@ -28,6 +29,7 @@ from server.files import replace_text
 from server.members import KnownSite
 from shared.enrol import ABSENT, REVOKED, UNKNOWN
 from shared.processes import end_all
+from shared.rights import group_name, user_name
 
 # flwr/supernode/fleet_http_client.py, without register-node and unregister-node: `hemafed-server register` does that.
 # Largest body of each call, in KB: tensors travel in pieces of 5 MB, a reply's list of objects has 70 bytes for each.
@@ -54,7 +56,7 @@ MOST_CONNECTIONS, LEAST_CONNECTIONS = (
 
 _TEMPLATE = """\
 # Written by hemafed-server at each start; changes here are lost.
-worker_processes auto;
+{user}worker_processes auto;
 worker_rlimit_nofile {files};
 worker_shutdown_timeout 60s;
 daemon off;
@@ -152,6 +154,7 @@ def write_proxy_config(centre: Centre, sites: dict[str, KnownSite] | None = None
     path = centre.state / "nginx.conf"
     path.write_text(
         _TEMPLATE.format(
+            user=_user(centre),
             state=centre.state,
             listen=centre.listen,
             port=centre.port,
@@ -174,6 +177,14 @@ def write_proxy_config(centre: Centre, sites: dict[str, KnownSite] | None = None
         )
     )
     return path
+
+
+def _user(centre: Centre) -> str:
+    """Return whom nginx's workers run as where root starts it: the folder's owner, who can write bodies into it."""
+    if os.geteuid() != 0:
+        return ""
+    owner = centre.folder.stat()
+    return f"user {user_name(owner.st_uid)} {group_name(owner.st_gid)};\n"
 
 
 def _connections() -> int:

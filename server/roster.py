@@ -9,14 +9,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from server.plausible import check_counts
 from server.runs import write_status
+from server.weights import site_weights
 from shared.config import FederationSettings, is_name
+from shared.foreign import LONGEST_NAME, shown
+from shared.site import ROLES, TENSOR_GROUPS
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
@@ -25,6 +30,9 @@ LATE_LOOK_S = 1.0  # between two rounds; the look goes on meanwhile
 SILENT_S = 600.0  # a hello that is not answered for so long was lost
 HELLO_TIMEOUT_S = 60.0
 WORD_S = 60.0  # between two words about the same wait
+LONGEST_REASON = 600  # characters of a hospital's error
+# What Flower raises of the connection to its SuperLink, not of a reply.
+_CONNECTION = (httpx.HTTPError, OSError, RuntimeError)
 
 
 class QuorumError(RuntimeError):
@@ -37,17 +45,29 @@ class Member:
 
     Attributes:
       node_id: its Flower node.
-      site, role, weight: as it says of itself; public.
+      site, role: as it says of itself; public.
       release: tensor groups that its policy lets out.
       counts: patients, slices and positives, as far as its policy lets them out.
+      weight: in the mean of a round; the centre gives it.
     """
 
     node_id: int
     site: str
     role: str
-    weight: float
     release: frozenset[str]
     counts: dict[str, int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of a reply whose bytes are no message of Flower's.
+
+    Attributes:
+      reason: what is wrong with it.
+    """
+
+    reason: str
 
 
 class Look:
@@ -61,11 +81,12 @@ class Look:
         self._grid, self._message_id = grid, message_id
         self._found: queue.SimpleQueue[Message | Exception | None] | None = None
 
-    def __call__(self, timeout_s: float) -> Message | None:
+    def __call__(self, timeout_s: float) -> Message | Unreadable | None:
         """The reply if it is there or comes within the time that is given; a look that takes longer is continued by the next.
 
         Raises:
-          what Flower raised.
+          what Flower raised of the connection. What it raised of the reply's bytes is the reply's: a hospital must not be able
+          to end a run by them.
         """
         if self._found is None:
             self._found = queue.SimpleQueue()
@@ -75,8 +96,10 @@ class Look:
         except queue.Empty:
             return None
         self._found = None
-        if isinstance(found, Exception):
+        if isinstance(found, _CONNECTION) and not isinstance(found, RecursionError):
             raise found
+        if isinstance(found, Exception):
+            return Unreadable(f"a reply that cannot be read ({type(found).__name__})")
         return found
 
     def _pull(self, found: queue.SimpleQueue) -> None:
@@ -99,7 +122,7 @@ class Late:
     since: float
     until: float
 
-    def fetch(self) -> tuple[Message | None, bool]:
+    def fetch(self) -> tuple[Message | Unreadable | None, bool]:
         """The answer if it is there now, and whether no more is to be expected."""
         reply = self.look(LATE_LOOK_S)
         return reply, reply is not None or time.monotonic() >= self.until
@@ -201,15 +224,23 @@ def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping
 def _read_hello(node_id: int, reply: Message) -> Member:
     """The answer to 'hello', checked."""
     facts = part_of(content_of(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
-    site, role, weight, release = (facts.get(name) for name in ("site", "role", "weight", "release"))
+    site, role, release = (facts.get(name) for name in ("site", "role", "release"))
     if facts.get("protocol") != PROTOCOL_VERSION:
-        raise UpdateError(f"protocol {facts.get('protocol')!r}, expected {PROTOCOL_VERSION}; install the same version")
-    if not is_name(site) or not isinstance(role, str) or not isinstance(weight, float) or not isinstance(release, str):
-        raise UpdateError("an answer to 'hello' without a proper site name, role, weight and released groups")
-    if not 0 < weight <= 1e6:
-        raise UpdateError(f"site {site!r} asks for weight {weight!r}, expected more than 0 and at most 1e6")
-    counts = {key: int(value) for key, value in read_metrics(reply.content).items()}
-    return Member(node_id, site, role, weight, frozenset(filter(None, release.split(","))), counts)
+        raise UpdateError(
+            f"protocol {shown(facts.get('protocol'), LONGEST_NAME)}, expected {PROTOCOL_VERSION}; install the same version"
+        )
+    if not is_name(site) or role not in ROLES or not isinstance(release, str):
+        raise UpdateError("an answer to 'hello' without a proper site name, role and released groups")
+    groups = frozenset(filter(None, release.split(",")))
+    if not groups <= set(TENSOR_GROUPS):
+        raise UpdateError(f"site {site!r} releases {shown(release, LONGEST_NAME)}, expected some of {TENSOR_GROUPS}")
+    return Member(node_id, site, role, groups, check_counts(read_metrics(reply.content)))
+
+
+def _weighed(members: list[Member], by: str) -> list[Member]:
+    """The same members with their weights."""
+    weights = site_weights({member.site: member.counts.get("patients") for member in members}, by)
+    return [replace(member, weight=weights[member.site]) for member in members]
 
 
 def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "") -> list[Member]:
@@ -232,7 +263,7 @@ def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "")
         ready = roster.training(set(grid.get_node_ids()))
         lacking = {m.site: why for m in ready if (why := lacks(m))}
         if len(ready) - len(lacking) >= settings.quorum:
-            return ready
+            return _weighed(ready, settings.weights)
         here = ", ".join(m.site + " (not counted)" * (m.site in lacking) for m in ready) or "none"
         busy = f"; busy with an earlier round: {', '.join(sorted(roster.late))}" if roster.late else ""
         what = f"{settings.quorum} hospitals (federation.quorum), {len(ready)} are there: {here}{busy}"
@@ -258,7 +289,7 @@ def receive(
     timeout_s: float,
     missed: dict[str, Look] | None = None,
     awaiting: Callable[[str], None] = lambda name: None,
-) -> Iterator[tuple[str, Message | None]]:
+) -> Iterator[tuple[str, Message | Unreadable | None]]:
     """Send messages, and yield the replies in order of the names, one at a time.
 
     A reply that came early waits in Flower's SuperLink until it is its turn. After the deadline, what has arrived is
@@ -291,7 +322,7 @@ def receive(
         yield name, reply
 
 
-def content_of(reply: Message | None, timeout_s: float) -> RecordDict:
+def content_of(reply: Message | Unreadable | None, timeout_s: float) -> RecordDict:
     """What a reply holds.
 
     Raises:
@@ -299,6 +330,10 @@ def content_of(reply: Message | None, timeout_s: float) -> RecordDict:
     """
     if reply is None:
         raise UpdateError(f"no reply within {timeout_s:g} s (federation.round_deadline_s)")
+    if isinstance(reply, Unreadable):
+        raise UpdateError(reply.reason)
     if reply.has_error():
-        raise UpdateError(reply.error.reason)
+        raise UpdateError(shown(reply.error.reason, LONGEST_REASON))
+    if not reply.has_content():
+        raise UpdateError("a reply without content")
     return reply.content

@@ -147,7 +147,10 @@ def write_status(run: Path, state: str, **facts: object) -> None:
     It is for those who look; a full disk does not stop a run here.
     """
     try:
-        replace_text(run / "status.json", json.dumps({"state": state, "time": time.time(), **facts}, indent=2) + "\n")
+        replace_text(
+            run / "status.json",
+            json.dumps({"state": state, "time": time.time(), **facts}, indent=2, allow_nan=False) + "\n",
+        )
     except OSError as error:
         print(f"status.json cannot be written ({error.strerror}): {state} {facts}", flush=True)
 
@@ -201,7 +204,7 @@ def append_round(run: Path, line: dict) -> None:
     path = run / "rounds.jsonl"
     before = path.read_bytes() if path.is_file() else b""
     with open(path, "a") as file:
-        file.write(("\n" if before and not before.endswith(b"\n") else "") + json.dumps(line) + "\n")
+        file.write(("\n" if before and not before.endswith(b"\n") else "") + json.dumps(line, allow_nan=False) + "\n")
 
 
 def read_rounds(run: Path) -> list[dict]:
@@ -287,4 +290,4 @@ def read_summary(run: Path) -> dict:
 
 def update_summary(run: Path, changes: dict) -> None:
     """Change keys of summary.json, in one step."""
-    replace_text(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2) + "\n")
+    replace_text(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2, allow_nan=False) + "\n")

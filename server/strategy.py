@@ -8,8 +8,9 @@ reply is refused by the name of its site, and a round below quorum waits and is 
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +18,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from server.aggregate import WeightedSum, fold, mean
+from server.plausible import check_metrics, check_tally
 from server.robust import combine, is_plain, update_norm
 from server.roster import Late, Member, QuorumError, Session, content_of, gather, receive
 from server.runs import write_status
 from shared.config import FederationSettings
+from shared.foreign import LONGEST_NAME, shown
 from shared.metrics import Tally
 from shared.wire import (
     Tensors,
@@ -138,6 +141,7 @@ def train_round(
         prepared = list(strategy.configure_train(round_number, record, order, grid))
     messages = {asked[m.metadata.dst_node_id].site: m for m in prepared if m.metadata.dst_node_id in asked}
     weights = {m.site: m.weight for m in members}
+    counts = {m.site: m.counts for m in members}
     expected = shapes_of(arrays)
 
     def awaiting(name: str) -> None:
@@ -149,7 +153,7 @@ def train_round(
         try:
             content = _content_from(reply, name, settings)
             update = from_record(part_of(content, "update", ArrayRecord), expected)
-            sites[name] = _site_round(content, weights[name], update_norm(update, arrays))
+            sites[name] = _site_round(content, weights[name], update_norm(update, arrays), counts[name])
         except UpdateError as error:
             refused[name] = str(error)
             continue
@@ -191,16 +195,21 @@ def _content_from(reply: Message | None, name: str, settings: FederationSettings
     content = content_of(reply, settings.round_deadline_s)
     said = part_of(content, "facts", ConfigRecord).get("site")
     if said != name:
-        raise UpdateError(f"the reply says that it is from site {said!r}")
+        raise UpdateError(f"the reply says that it is from site {shown(said, LONGEST_NAME)}")
     return content
 
 
-def _site_round(content: RecordDict, weight: float, norm: float) -> SiteRound:
-    """What a site's reply says beside its update, checked."""
+def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int]) -> SiteRound:
+    """What a site's reply says beside its update, compared with its counts at 'hello'."""
     tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
+    if tally is not None:
+        check_tally(tally, counts)
+    metrics = read_metrics(content)
+    check_metrics(metrics, counts)
     sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
-    audit = str(content["facts"].get("audit", ""))[:64]
-    return SiteRound(weight, sent, norm, read_metrics(content), tally, audit)
+    audit = content["facts"].get("audit", "")
+    known = isinstance(audit, str) and re.fullmatch(r"[0-9a-f]{64}", audit)
+    return SiteRound(weight, sent, norm, metrics, tally, audit if known else "")
 
 
 def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: Tensors) -> dict:

@@ -121,6 +121,7 @@ class FederationSettings:
     Attributes:
       rounds: number of rounds.
       strategy: fedavg, fedprox, fedavgm or fedadam.
+      weights: what hospitals count in a mean: "equal", or by "patients", from a third to three times their median.
       rule: how a round's updates become one: "mean", or one that a hospital gone wrong cannot move at will: "median",
         "trimmed-mean" or "krum"; these count each hospital once, whatever its weight.
       faulty: of how many hospitals at a time the trimmed mean and Krum may be wrong.
@@ -138,6 +139,7 @@ class FederationSettings:
 
     rounds: int = 12
     strategy: str = "fedavg"
+    weights: str = "equal"
     rule: str = "mean"
     faulty: int = 1
     norm_bound: float = 0.0
@@ -177,6 +179,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.augment": ("none", "pose", "scanner"),
     "train.precision": ("auto", "bf16", "fp32"),
     "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),
+    "federation.weights": ("equal", "patients"),
     "federation.rule": ("mean", "median", "trimmed-mean", "krum"),
     "federation.share": ("encoder", "all"),
     "federation.heads": ("average", "ensemble", "probe"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 from pathlib import Path
@@ -36,5 +37,13 @@ def user_name(number: int) -> str:
     """A user's name; the number where there is none."""
     try:
         return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def group_name(number: int) -> str:
+    """A group's name; the number where there is none."""
+    try:
+        return grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)

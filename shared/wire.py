@@ -15,12 +15,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 from shared.metrics import BINS, Tally
 from shared.site import TENSOR_GROUPS
 
 PROTOCOL_VERSION = 1
-# What numpy.load raises, whatever the bytes are.
+# What numpy.load raises on a damaged file.
 UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError)
+# The numbers that a reply may have, and the largest of each; others are nobody's.
+METRICS = ("patients", "slices", "positives", "steps", "cls", "seg", "rec", "total", "seconds")
+LARGEST_METRIC = 1e12
+LARGEST_VALUE = 1e8  # of a tensor; beyond it squares and steps of a server optimiser are not finite in float32
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Tensors = Mapping[str, NDArray[np.float32]]
@@ -58,26 +63,22 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
       record: as received.
       expected: name -> shape of every tensor that must be there, and no other.
     Raises:
-      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite.
+      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite or beyond
+        LARGEST_VALUE.
     """
     missing, extra = expected.keys() - record.keys(), record.keys() - expected.keys()
     if missing or extra:
         raise UpdateError(
-            f"{len(missing)} tensors missing {_some(missing)}, {len(extra)} unexpected {_some(extra)}; "
+            f"{len(missing)} tensors missing {shown_names(missing)}, {len(extra)} unexpected {shown_names(extra)}; "
             f"expected the {len(expected)} tensors of the run's model variant and federation.share"
         )
     arrays = {}
     for name, shape in expected.items():
-        declared = record[name]
-        if tuple(declared.shape) != tuple(shape) or declared.dtype != "float32":
-            raise UpdateError(
-                f"tensor {name}: {declared.dtype} {tuple(declared.shape)}, expected float32 {tuple(shape)}"
-            )
-        value = _decoded(declared, f"tensor {name}")
-        if value.shape != tuple(shape) or value.dtype != np.float32:  # the header lied
-            raise UpdateError(f"tensor {name}: {value.dtype} {value.shape}, expected float32 {tuple(shape)}")
-        if not np.isfinite(value).all():
-            raise UpdateError(f"tensor {name}: {np.count_nonzero(~np.isfinite(value))} values are not finite")
+        value = _decoded(record[name], f"tensor {name}", np.float32, tuple(shape))
+        if not (np.abs(value) <= LARGEST_VALUE).all():  # NaN is none of them
+            if bad := np.count_nonzero(~np.isfinite(value)):
+                raise UpdateError(f"tensor {name}: {bad} values are not finite")
+            raise UpdateError(f"tensor {name}: values beyond {LARGEST_VALUE:g}")
         arrays[name] = value
     return arrays
 
@@ -103,26 +104,34 @@ def read_metrics(content: RecordDict) -> dict[str, float]:
     if "metrics" not in content:
         return {}
     metrics = part_of(content, "metrics", MetricRecord)
-    wrong = [key for key, value in metrics.items() if not isinstance(value, int | float) or not np.isfinite(value)]
+    strange = metrics.keys() - set(METRICS)
+    if strange:
+        raise UpdateError(f"{len(strange)} metrics of unknown names {shown_names(strange)}, expected some of {METRICS}")
+    wrong = [
+        key
+        for key, value in metrics.items()
+        if isinstance(value, list) or not np.isfinite(value) or abs(value) > LARGEST_METRIC
+    ]
     if wrong:
-        raise UpdateError(f"metrics {sorted(wrong)[:3]} are not finite numbers")
+        raise UpdateError(f"metrics {sorted(wrong)[:3]} are not finite numbers of at most {LARGEST_METRIC:g}")
     return {str(key): float(value) for key, value in metrics.items()}
 
 
-def _decoded(array: Array, what: str) -> NDArray:
-    """The array behind received bytes (numpy.load without pickle), whatever the bytes are."""
+def _decoded(array: Array, what: str, dtype: type, shape: tuple[int, ...]) -> NDArray:
+    """Return the array behind received bytes.
+
+    Raises:
+      UpdateError: it says or is something else than what was expected.
+    """
+    declared = (array.dtype, tuple(array.shape))
+    if declared != (np.dtype(dtype).name, shape):
+        raise UpdateError(
+            f"{what}: {shown(declared[0], LONGEST_NAME)} {shown(declared[1], LONGEST_NAME)}, expected {np.dtype(dtype).name} {shape}"
+        )
     try:
-        value = array.numpy()
-    except UNREADABLE as error:
-        raise UpdateError(f"{what}: {len(array.data)} bytes that are no array ({type(error).__name__})") from error
-    if not isinstance(value, np.ndarray):
-        raise UpdateError(f"{what}: bytes of a {type(value).__name__}, expected an array")
-    return value
-
-
-def _some(names: set[str]) -> str:
-    """The first three names, sorted."""
-    return "(" + ", ".join(sorted(names)[:3]) + ("…)" if len(names) > 3 else ")")
+        return read_array(array, dtype, shape)
+    except ForeignError as error:
+        raise UpdateError(f"{what}: {error}") from error
 
 
 def shapes_of(arrays: Tensors) -> dict[str, tuple[int, ...]]:
@@ -146,19 +155,12 @@ def tally_from_arrays(values: Mapping[str, NDArray], replicates: int) -> Tally:
     Raises:
       UpdateError: an array is missing, of another shape or dtype, negative or not finite.
     """
-    rows = replicates + 1
-    expected = {
-        "counts": ("int32", (rows, 2, BINS)),
-        "dice_sum": ("float64", (rows,)),
-        "dice_slices": ("int32", (rows,)),
-        "patients": ("int32", (1,)),
-    }
-    if values.keys() != expected.keys():
-        raise UpdateError(f"tally has arrays {sorted(values.keys())}, expected {sorted(expected)}")
+    expected = _tally_arrays(replicates)
+    _check_names(values, expected)
     for name, (dtype, shape) in expected.items():
         value = values[name]
         if value.shape != shape or value.dtype != dtype:
-            raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {dtype} {shape}")
+            raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {np.dtype(dtype).name} {shape}")
         if not np.isfinite(value).all() or (value < 0).any():
             raise UpdateError(f"tally {name}: expected finite values of at least 0")
     return Tally(
@@ -167,6 +169,26 @@ def tally_from_arrays(values: Mapping[str, NDArray], replicates: int) -> Tally:
         dice_slices=values["dice_slices"].astype(np.int64),
         patients=int(values["patients"][0]),
     )
+
+
+def _tally_arrays(replicates: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Return dtype and shape of each array of a tally."""
+    rows = replicates + 1
+    return {
+        "counts": (np.int32, (rows, 2, BINS)),
+        "dice_sum": (np.float64, (rows,)),
+        "dice_slices": (np.int32, (rows,)),
+        "patients": (np.int32, (1,)),
+    }
+
+
+def _check_names(values: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    """Refuse a tally of other arrays than those expected."""
+    if values.keys() != expected.keys():
+        missing, extra = expected.keys() - values.keys(), values.keys() - expected.keys()
+        raise UpdateError(
+            f"tally lacks {shown_names(missing)} and has {shown_names(extra)} beside, expected {sorted(expected)}"
+        )
 
 
 def tally_to_record(tally: Tally) -> ArrayRecord:
@@ -180,7 +202,10 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
     Raises:
       UpdateError: an array is missing, of another shape or dtype, negative or not finite.
     """
-    return tally_from_arrays({name: _decoded(array, f"tally {name}") for name, array in record.items()}, replicates)
+    expected = _tally_arrays(replicates)
+    _check_names(record, expected)
+    arrays = {name: _decoded(record[name], f"tally {name}", *of) for name, of in expected.items()}
+    return tally_from_arrays(arrays, replicates)
 
 
 def groups_shared(share: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import ssl
+import subprocess
 from base64 import b64encode
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
@@ -24,14 +26,15 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from client.audit import read_entries
-from client.enrol import read_known_centre, read_node_key
+from client.enrol import Centre as Known
+from client.enrol import centre_context, read_known_centre, read_node_key
 from server.authority import Pair, issue_server, make_authority
 from server.centre import CONNECTION
 from server.flower import flwr
 from server.members import read_nodes
 from server.proxy import FLEET_CALLS
 from server.runs import read_status
-from shared.enrol import make_node_key
+from shared.enrol import ABSENT, UNKNOWN, make_certificate, make_node_key
 from shared.site import read_site
 from simulations.federation import Federation, FederationError, federate
 from tests.centres import wait_for
@@ -69,22 +72,78 @@ def federation(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def outside(federation: Federation) -> Iterator[httpx.Client]:
-    """A client that trusts the centre's authority and reaches its public port."""
+def stranger(federation: Federation) -> Iterator[httpx.Client]:
+    """A client that trusts the centre's authority, reaches its public port and presents no certificate."""
     trust = ssl.create_default_context(cafile=str(federation.centre.authority.certificate))
-    with httpx.Client(
-        base_url=f"https://localhost:{federation.centre.port}", verify=trust, timeout=20, trust_env=False
-    ) as client:
+    with reaching(federation, trust) as client:
         yield client
+
+
+@pytest.fixture
+def outside(federation: Federation) -> Iterator[httpx.Client]:
+    """A client that presents the registered hospital's certificate."""
+    with reaching(federation, centre_context(known(federation))) as client:
+        yield client
+
+
+def known(federation: Federation) -> Known:
+    """What the hospital knows of the centre."""
+    return read_known_centre(read_site(federation.sites["hospital-01"]))
+
+
+def reaching(federation: Federation, trust: ssl.SSLContext) -> httpx.Client:
+    address = f"https://localhost:{federation.centre.port}"
+    return httpx.Client(base_url=address, verify=trust, timeout=20, trust_env=False)
 
 
 @pytest.mark.parametrize("path", INSIDE)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_what_is_not_a_hospitals_call_is_not_there(method: str, path: str, outside: httpx.Client) -> None:
+def test_what_is_not_a_hospitals_call_is_not_there(
+    method: str, path: str, outside: httpx.Client, stranger: httpx.Client
+) -> None:
     url = httpx.URL(f"https://localhost:{outside.base_url.port}").copy_with(raw_path=path.encode())
-    answer = outside.send(httpx.Request(method, url))
-    assert answer.status_code in (400, 404)
-    assert "server" not in answer.headers or "uvicorn" not in answer.headers["server"]
+    for client, statuses in ((outside, (400, 404)), (stranger, (400, 403))):
+        answer = client.send(httpx.Request(method, url))
+        assert answer.status_code in statuses
+        assert "server" not in answer.headers or "uvicorn" not in answer.headers["server"]
+
+
+@pytest.mark.parametrize("call", FLEET_CALLS)
+def test_a_hospitals_call_without_its_certificate_is_refused_with_the_cause(
+    call: str, federation: Federation, stranger: httpx.Client
+) -> None:
+    """Even with the key's signature: the door looks at the certificate before it reads a call."""
+    headers = signed(read_node_key(known(federation)))
+    answer = stranger.post(f"/v1/fleet/{call}", content=b"", headers=headers)
+    assert (answer.status_code, answer.text) == (403, ABSENT + "\n")
+
+
+def test_a_certificate_that_nobody_registered_is_refused_with_the_cause(federation: Federation, tmp_path: Path) -> None:
+    """One of the right name and another key, and one that the centre's own server certificate's key made."""
+    key = make_node_key()
+    for pem, private in (
+        (make_certificate("hospital-01", key), key),
+        (federation.centre.public.certificate.read_text(), federation.centre.public.load()[0]),
+    ):
+        (tmp_path / "their.crt").write_text(pem)
+        (tmp_path / "their.key").write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        trust = ssl.create_default_context(cafile=str(federation.centre.authority.certificate))
+        trust.load_cert_chain(tmp_path / "their.crt", tmp_path / "their.key")
+        with reaching(federation, trust) as client:
+            answer = client.post("/v1/fleet/pull-messages", content=b"")
+            assert (answer.status_code, answer.text) == (403, UNKNOWN + "\n")
+
+
+def test_no_hospitals_name_is_told_to_strangers(federation: Federation) -> None:
+    """A server names the authorities whose certificates it takes, in the handshake; the hospitals' are not among them."""
+    said = subprocess.run(
+        ["openssl", "s_client", "-connect", f"localhost:{federation.centre.port}"],
+        input=b"",
+        capture_output=True,
+        check=False,
+    ).stdout
+    assert b"hemafed authority of localhost" in said
+    assert b"hospital-01" not in said
 
 
 def test_inside_the_same_paths_are_answered(federation: Federation) -> None:
@@ -169,7 +228,7 @@ def heartbeat(outside: httpx.Client, node: int, headers: dict[str, str]) -> int:
 def test_a_call_needs_a_registered_key_a_fresh_signature_and_its_own_node(
     federation: Federation, outside: httpx.Client
 ) -> None:
-    key = read_node_key(read_known_centre(read_site(federation.sites["hospital-01"])))
+    key = read_node_key(known(federation))
     node = int(read_nodes(federation.centre)["hospital-01"])
     assert heartbeat(outside, node, signed(key)) == 200
     assert heartbeat(outside, node, signed(make_node_key())) == 401, "an unknown node"

@@ -52,7 +52,7 @@ def test_a_folder_that_is_no_centre_is_refused_with_the_next_step(tmp_path: Path
 @pytest.mark.parametrize("content", [b'host = "a', b"port = 443\n", b'host = "a"\nhosts = 2\n', b'host = "\xff"\n'])
 def test_a_damaged_config_is_named(centre: Centre, content: bytes) -> None:
     (centre.folder / "centre.toml").write_bytes(content)
-    with pytest.raises(CentreError, match=r"centre\.toml: .*; expected host, listen, loopback_port, port"):
+    with pytest.raises(CentreError, match=r"centre\.toml: .*; expected host, largest_reply_mb, listen, loopback_port, port"):
         read_centre(centre.folder)
 
 
@@ -60,6 +60,7 @@ def test_a_damaged_config_is_named(centre: Centre, content: bytes) -> None:
     ("change", "told"),
     [
         ({"loopback_port": 443}, "port and loopback_port are both 443"),
+        ({"largest_reply_mb": 0}, "largest_reply_mb is 0, expected a whole number from 1"),
         ({"port": 0}, "port is 0, expected a whole number from 1 to 65535"),
         ({"loopback_port": 65536}, "loopback_port is 65536"),
         ({"port": "443"}, "port is '443'"),
@@ -95,8 +96,8 @@ def test_renewed_certificates_need_nothing_new_of_hospitals(centre: Centre) -> N
     renew_certificates(centre)
     after = contents(centre.folder)
     changed = {path for path in before if before[path] != after[path]}
-    ours = ("public", "loopback", "instructions")
-    assert changed == {f"keys/{name}.{kind}" for name in ours for kind in ("key", "crt")}
+    pairs = ("public", "loopback", "instructions")
+    assert changed == {f"keys/{pair}.{kind}" for pair in pairs for kind in ("key", "crt")}
 
 
 def test_certificates_that_end_soon_are_warned_of_with_what_to_do(

@@ -143,3 +143,35 @@ def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: S
     session = Session(grid, FederationSettings(quorum=1), two.root)
     assert [m.site for m in gather(session)] == ["hospital-01"]
     assert "hemafed-client ingest" in session.roster.refused[2]
+
+
+class Garbled(LoopbackGrid):
+    """Raises what Flower does when it puts one node's training reply together from bytes that are none."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for reply in super().pull_messages(message_ids):
+            if reply.metadata.message_type == "train" and reply.metadata.src_node_id == 2:
+                raise self.error
+            yield reply
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 10**6), KeyError("arraychunk_ids"), RecursionError(), IndexError()])
+def test_bytes_that_are_no_reply_are_refused_and_the_round_goes_on(two: SmallHospitals, error: Exception) -> None:
+    """Before: they ended the run for all."""
+    flat = small_config(federation__quorum=1, federation__round_deadline_s=20.0)
+    grid = Garbled([two.files[name] for name in NAMES], flat)
+    grid.error = error
+    session, strategy, arrays = beginning(grid, flat, two)
+    result = repeat_round(session, strategy, arrays, 1)
+    assert result.refused == {"hospital-02": f"a reply that cannot be read ({type(error).__name__})"}
+    assert list(result.sites) == ["hospital-01"]
+
+
+@pytest.mark.parametrize("error", [OSError("line"), RuntimeError("run stopped")])
+def test_an_error_of_the_line_to_the_superlink_is_nobodys_reply(two: SmallHospitals, error: Exception) -> None:
+    flat = small_config(federation__quorum=1)
+    grid = Garbled([two.files[name] for name in NAMES], flat)
+    grid.error = error
+    session, strategy, arrays = beginning(grid, flat, two)
+    with pytest.raises(type(error)):
+        repeat_round(session, strategy, arrays, 1)

@@ -90,25 +90,55 @@ def test_the_sum_does_not_depend_on_the_order_of_arrival(two: SmallHospitals) ->
             assert value.tobytes() == other.arrays[name].tobytes(), name
 
 
-def test_public_weights_decide_the_mean(two: SmallHospitals) -> None:
-    edit_site(two.files["hospital-02"], weight=3.0)
-    sent = {}
+def kept(sent: dict[int, dict[str, np.ndarray]]) -> Change:
+    """Keep what each node sends in a round, float64."""
 
     def keep(asked: Message, reply: Message) -> Message:
         if asked.metadata.message_type == "train":
-            sent[asked.metadata.dst_node_id] = {
-                n: a.numpy().astype(np.float64) for n, a in reply.content["update"].items()
-            }
+            update = reply.content["update"]
+            sent[asked.metadata.dst_node_id] = {n: a.numpy().astype(np.float64) for n, a in update.items()}
         return reply
 
-    _, _, _, result = first_round(two, NAMES, small_config(), change=keep)
+    return keep
+
+
+def test_a_weight_that_a_hospital_asks_for_changes_nothing(two: SmallHospitals) -> None:
+    """Before: 1e6 in its answer to 'hello' made its encoder the global one."""
+    sent: dict = {}
+
+    def greedy(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "query.hello" and asked.metadata.dst_node_id == 2:
+            reply.content["facts"]["weight"] = 1e6
+        return kept(sent)(asked, reply)
+
+    _, members, _, result = first_round(two, NAMES, small_config(), change=greedy)
+    assert [member.weight for member in members] == [1.0, 1.0]
     for name, value in result.arrays.items():
-        np.testing.assert_array_equal(value, ((sent[1][name] + 3 * sent[2][name]) / 4).astype(np.float32))
+        np.testing.assert_array_equal(value, ((sent[1][name] + sent[2][name]) / 2).astype(np.float32))
+
+
+def test_by_patients_a_hospital_counts_three_times_the_median_at_most(two: SmallHospitals) -> None:
+    sent: dict = {}
+
+    def boasting(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "query.hello":
+            patients = 10_000_000 if asked.metadata.dst_node_id == 2 else 10
+            reply.content["metrics"] = MetricRecord({"patients": patients})
+        return kept(sent)(asked, reply)
+
+    flat = small_config(federation__weights="patients")
+    _, members, _, result = first_round(two, NAMES, flat, change=boasting)
+    weights = {member.node_id: member.weight for member in members}
+    assert weights == {1: 1 / 3, 2: pytest.approx(2.0, rel=1e-3)}
+    for name, value in result.arrays.items():
+        mean = sum(weights[n] * sent[n][name] for n in (1, 2)) / sum(weights.values())
+        np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-8)
 
 
 BAD_UPDATES = {
     "not finite": with_tensor("patch_embed.proj.weight", lambda v: v * np.float32("nan")),
     "infinite": with_tensor("patch_embed.proj.bias", lambda v: v + np.float32("inf")),
+    "enormous": with_tensor("patch_embed.proj.bias", lambda v: v + np.float32(3e38)),
     "another shape": with_tensor("patch_embed.proj.bias", lambda v: v[:1]),
     "another dtype": with_tensor("patch_embed.proj.bias", lambda v: v.astype(np.float64)),
     "a tensor too few": spoil(2, lambda r: (r.content["update"].pop(next(iter(r.content["update"]))), r)[1]),
@@ -117,6 +147,11 @@ BAD_UPDATES = {
     ),
     "no update": spoil(2, lambda r: (r.content.pop("update"), r)[1]),
     "another name": spoil(2, lambda r: (r.content.__setitem__("facts", ConfigRecord({"site": "hospital-07"})), r)[1]),
+    "losses over no slice": spoil(2, lambda r: (r.content["metrics"].__setitem__("slices", 5e-324), r)[1]),
+    "a number of no kind": spoil(2, lambda r: (r.content["metrics"].__setitem__("secret", 1.0), r)[1]),
+    "more patients than it has": spoil(2, lambda r: (r.content["metrics"].__setitem__("patients", 11), r)[1]),
+    "a count of half a slice": spoil(2, lambda r: (r.content["metrics"].__setitem__("slices", 20.5), r)[1]),
+    "a long error": spoil(2, lambda r: Message(Error(1002, "\x1b[2Jx\n" * 100_000), reply_to=r)),
     "an error": spoil(2, lambda r: Message(Error(1002, "OSError while answering 'train'"), reply_to=r)),
     "no reply": spoil(2, lambda r: None),
 }
@@ -135,7 +170,8 @@ def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(two: SmallHospital
 
     _, _, _, result = first_round(two, NAMES, flat, change=change)
     assert list(result.refused) == ["hospital-02"]
-    assert result.refused["hospital-02"]
+    assert 0 < len(result.refused["hospital-02"]) < 1000
+    assert result.refused["hospital-02"].isprintable()
     assert list(result.sites) == ["hospital-01"]
     for name, value in good.items():
         np.testing.assert_array_equal(result.arrays[name], value)
