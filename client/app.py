@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 
 from client.audit import AuditError, contents, record
+from client.local_state import LocalState
 from client.policy import (
     FACTS,
     METRICS,
@@ -31,7 +32,7 @@ from client.policy import (
     enforce,
     metrics_refusal,
 )
-from client.train import Learner, LocalState, TrainError, build_learner, round_seed, train_round, training_inputs
+from client.train import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError, tally_scores
 from shared.model import MultiTaskSwin
