@@ -13,7 +13,8 @@ from datetime import datetime, time
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.config import RunConfig
-from shared.site import INSTALLED, Site
+from shared.rules import INSTALLED
+from shared.site import Site
 from shared.wire import group
 
 # Records of a reply. Tensors are under UPDATE; everything else that depends on patients is counted as metrics.

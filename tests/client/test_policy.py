@@ -22,7 +22,8 @@ from client.policy import (
 )
 from shared.config import parse_config
 from shared.metrics import Scores, tally_scores
-from shared.site import Bound, Policy, Site
+from shared.rules import Bound, Policy
+from shared.site import Site
 from shared.wire import tally_to_record, to_record
 
 
