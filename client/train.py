@@ -21,6 +21,7 @@ from shared.batches import Batch, Inputs, batches_in, epoch_batches, make_batch,
 from shared.config import RunConfig
 from shared.losses import TaskBalance, slice_losses
 from shared.model import VARIANTS, MultiTaskSwin, autocast
+from shared.refusals import Refusal, Refused
 from shared.scoring import build_model
 from shared.slices import SliceCache
 
@@ -28,8 +29,8 @@ from shared.slices import SliceCache
 _EDGES = ("encoder.patch_embed.", "cls.", "seg.output.", "rec.output.")
 
 
-class TrainError(RuntimeError):
-    """A local round cannot be trained; the message holds no patient data and may reach the server."""
+class TrainError(Refused):
+    """A local round cannot be trained."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def training_inputs(cache: SliceCache, config: RunConfig, site: str) -> Inputs:
     rows = cache.rows("train")
     if len(rows) < 2:
         raise TrainError(
-            f"site {site!r}: fewer than two training slices; see the split column of the cache's index.csv"
+            f"site {site!r}: fewer than two training slices; see the split column of the cache's index.csv",
+            Refusal.SITE,
         )
     return make_inputs(cache, rows, config.model.windows(), VARIANTS[config.model.variant].image_size)
 
@@ -212,7 +214,8 @@ def train_round(
                     raise TrainError(
                         f"site {site!r}: loss is {total.item()} and the gradient's norm {norm.item()} in round {round_number}, "
                         f"step {steps}; expected finite numbers: lower train.learning_rate and train.matrix_rate, or set "
-                        "train.precision to 'fp32'"
+                        "train.precision to 'fp32'",
+                        Refusal.DIVERGED,
                     )
                 sums += torch.cat([means, total[None]]).double().cpu() * len(chosen)
                 steps += 1

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shared.config import NAME_WORDS, is_name
 from shared.rules import Policy, read_policy
-from shared.site_file import SiteError, section, typed
+from shared.site_file import SiteError, read_yaml, section, typed
 
 ROLES = ("train", "held-out", "development")
 
@@ -86,19 +84,9 @@ def read_site(path: Path) -> Site:
     path = Path(path).resolve()
     if not path.is_file():
         raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see README, 'Join')")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SiteError(f"{path} is not YAML in UTF-8: {error}") from error
+    content = read_yaml(path)
     top = section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
     data = section(path, "data.", top["data"], {"images", "masks", "labels", "segment", "accept_lossy"}, {"images"})
-    rules = section(
-        path,
-        "policy.",
-        {} if top.get("policy") is None else top["policy"],
-        {"release", "metrics", "min_patients", "accept", "hours", "app"},
-        set(),
-    )
 
     def place(key: str, value: Any) -> Path:
         return (path.parent / typed(path, key, value, str)).resolve()
@@ -114,7 +102,7 @@ def read_site(path: Path) -> Site:
         state=place("state", top.get("state", "state")),
         segments=_segments(path, data.get("segment")),
         accept_lossy=typed(path, "data.accept_lossy", data.get("accept_lossy", False), bool),
-        policy=read_policy(path, rules),
+        policy=read_policy(path, top.get("policy")),
     )
     if site.role not in ROLES:
         raise SiteError(f"{path}: role is {site.role!r}, expected one of {', '.join(ROLES)}")
