@@ -7,44 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Array, ConfigRecord, RecordDict
 
-from client.app import app
 from client.audit import read_entries, verify
-from shared.config import parse_config
-from shared.refusals import TEXTS, Refusal, code_of_key
-from shared.scoring import build_model
-from shared.wire import to_arrays, to_record
+from shared.refusals import Refusal, code_of_key
+from tests.asking import HEADS, NAME, ask, refusal, train_order
 from tests.conftest import SmallHospitals, edit_site, small_config
-
-NAME = "hospital-01"
-HEADS = ("cls", "seg", "rec")
-
-
-def ask(node: dict, kind: str, content: RecordDict | None = None, flat: dict | None = None) -> Message:
-    """Send one message to the ClientApp of a node."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    message = Message(content or RecordDict(), dst_node_id=1, message_type=kind)
-    message.metadata.__dict__["_message_id"] = "1"
-    return app(message, Context(1, 1, node, RecordDict(), flat or small_config()))
-
-
-def model_record(groups: tuple[str, ...], flat: dict | None = None) -> ArrayRecord:
-    config = parse_config(flat or small_config())
-    return to_record(to_arrays(build_model(config.model, config.run.seed).state_dict(), groups))
-
-
-def train_order(**keys: object) -> RecordDict:
-    order = {"server-round": 1, "run": "test"} | keys
-    return RecordDict({"arrays": model_record(("encoder",)), "config": ConfigRecord(order)})
-
-
-def refusal(reply: Message) -> int:
-    """The code of a refusal, which says what is fixed for it and no more."""
-    assert reply.has_error()
-    assert reply.error.reason == TEXTS[reply.error.code]
-    return reply.error.code
 
 
 def detail(hospitals: SmallHospitals) -> str:

@@ -22,7 +22,6 @@ from tests.conftest import SmallHospitals, edit_site, small_config
 from tests.loopback import LoopbackGrid, run_server
 from tests.rounds import NAMES, run
 
-
 METRICS = ("auc", "f1", "dice")
 
 
