@@ -26,25 +26,18 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
-from client.audit import AuditError, record
+from client.audit import AuditError, printable, record
 from client.code import CodeError, read_bundle
 from client.frames import reply_frames
-from client.policy import PolicyError, admit_code
+from client.policy import admit_code
 from client.program import Task
 from shared.instructions import InstructionError, RepeatedError, open_instruction
+from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site
 
 ANSWERED = "answered.json"  # in the site's state folder: random number of an instruction -> until when it counts
 MOST_ANSWERED = 100_000  # instructions within LONGEST_S; a round asks a hospital three or four times
 log = logging.getLogger("hemafed.client")
-
-
-class RefusedError(Exception):
-    """The message is not answered; `code` and `reason` are what leaves."""
-
-    def __init__(self, code: int, reason: str):
-        super().__init__(reason)
-        self.code, self.reason = code, reason
 
 
 def answer(task: Task, own_code: str) -> list[bytes]:
@@ -69,9 +62,10 @@ def answer(task: Task, own_code: str) -> list[bytes]:
         message = _signed(message, authority, site)
         context = _admitted(message, run, task.bundle, own_code, site, place)
         reply = app(message, context)
-    except RefusedError as refused:
-        _note_refusal(site, message, refused.reason)
-        reply = Message(Error(refused.code, refused.reason), reply_to=message)
+    except Refused as error:
+        log.error("refused: %s", printable(str(error)))
+        _note_refusal(site, message, error)
+        reply = Message(Error(int(error.code), TEXTS[error.code]), reply_to=message)
     return reply_frames(reply)
 
 
@@ -90,10 +84,7 @@ def _site(path: Path) -> Site:
     try:
         return read_site(path)
     except SiteError as error:
-        log.error("refused: %s", error)
-        raise RefusedError(
-            1001, "the site.yaml of this node cannot be used; the site's own log has the cause"
-        ) from error
+        raise Refused(str(error), Refusal.SITE) from error
 
 
 def _signed(message: Message, authority: x509.Certificate, site: Site) -> Message:
@@ -101,10 +92,9 @@ def _signed(message: Message, authority: x509.Certificate, site: Site) -> Messag
     try:
         return open_instruction(message, authority, site.name, lambda *number: first_time(site.state, *number))
     except RepeatedError as error:
-        raise RefusedError(1001, "the site answered this instruction before") from error
+        raise Refused(str(error), Refusal.REPLAYED) from error
     except InstructionError as error:
-        log.error("refused: %s", error)
-        raise RefusedError(1001, "the site answers only what its centre signed") from error
+        raise Refused(str(error), Refusal.NOT_FROM_CENTRE) from error
 
 
 def first_time(folder: Path, nonce: str, until: float, now: Callable[[], float] = time.time) -> bool:
@@ -142,13 +132,8 @@ def _admitted(message: Message, run: Run, content: bytes, own_code: str, site: S
             raise CodeError("the bundle is not the one that the run names")
         bundle = read_bundle(content)
     except CodeError as error:
-        log.error("refused: %s", error)
-        raise RefusedError(1001, "the run's bundle cannot be read") from error
-    try:
-        admit_code(site, own_code, bundle.code)
-    except PolicyError as error:
-        log.error("refused: %s", error)
-        raise RefusedError(1001, str(error)) from error
+        raise Refused(str(error), Refusal.BUNDLE_UNREADABLE) from error
+    admit_code(site, own_code, bundle.code)
     return Context(
         run_id=run.run_id,
         node_id=place["node_id"],
@@ -158,12 +143,13 @@ def _admitted(message: Message, run: Run, content: bytes, own_code: str, site: S
     )
 
 
-def _note_refusal(site: Site | None, message: Message, reason: str) -> None:
+def _note_refusal(site: Site | None, message: Message, refused: Refused) -> None:
     """Put a refusal that came before the client app into the audit log."""
     if site is None:
         return
-    facts = {"flower_run": str(message.metadata.run_id), "asked": message.metadata.message_type, "reason": reason}
+    metadata = message.metadata
+    facts = {"flower_run": str(metadata.run_id), "asked": metadata.message_type}
     try:
-        record(site.state, "refused", facts)
+        record(site.state, "refused", facts | {"code": int(refused.code), "reason": str(refused)})
     except AuditError as error:
-        log.error("%s", error)
+        log.error("%s", printable(str(error)))

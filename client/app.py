@@ -1,14 +1,14 @@
 """Flower ClientApp of one hospital.
 
 Four questions are answered, each by one function below: who are you, train a round, give your heads, test a model on
-your own split. What leaves is built here and checked once more by the hospital's policy on the way out; an exception
-of ours leaves as its text, which names no patient, and any other as its type alone.
+your own splits. What leaves is built here and checked once more by the hospital's policy on the way out; an error leaves as
+a code of a closed list with a fixed text (shared/refusals.py), its detail stays in the hospital's log.
 """
 
 from __future__ import annotations
 
 import logging
-import re
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
@@ -16,51 +16,60 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.audit import AuditError, contents, record
+from client.audit import AuditError, contents, printable, record
+from client.evaluate import counted_patients, evaluate_model, initial_model, patients_in
+from client.evaluations import tested
+from client.footing import ModelNotOfRunError, after_round, check_initial
+from client.local_state import LocalState, make_room
+from client.orders import TrainOrder, evaluation_order, heads_order, no_order, train_order
 from client.policy import (
     FACTS,
     METRICS,
     PATIENTS,
     TALLY,
+    TALLY_TEST,
+    TALLY_VAL,
     UPDATE,
-    PolicyError,
     admit,
     enforce,
     metrics_refusal,
 )
-from client.train import Learner, LocalState, TrainError, build_learner, round_seed, train_round, training_inputs
+from client.train import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
-from shared.metrics import MetricsError, tally_scores
-from shared.model import MultiTaskSwin
-from shared.scoring import best_device, build_model, score_slices
-from shared.site import TENSOR_GROUPS, Site, SiteError, read_site
+from shared.metrics import MetricsError
+from shared.refusals import TEXTS, Refusal, Refused
+from shared.scoring import best_device, score_slices
+from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError, SliceCache, read_cache
+from shared.tally import tally_scores
 from shared.wire import (
     PROTOCOL_VERSION,
+    Tensors,
     UpdateError,
+    arrays_to_record,
     expected_shapes,
     from_record,
     groups_shared,
-    tally_to_record,
+    tally_to_arrays,
+    tested_hash,
     to_arrays,
     to_record,
 )
 
 log = logging.getLogger("hemafed.client")
 
-# Their texts are written to be read at the server: no patient, no path.
-_SPEAKING = (PolicyError, TrainError, UpdateError, ConfigError, MetricsError, AuditError)
-_CLOSED = {
-    SiteError: "the site.yaml of this node cannot be used; the site's own log has the cause",
-    CacheError: "the slice cache of this site cannot be used: run 'hemafed-client ingest' there; its own log has the cause",
+# Errors of code that knows no refusals.
+_CODES = {
+    UpdateError: Refusal.TENSORS,
+    ConfigError: Refusal.RUN_CONFIG,
+    MetricsError: Refusal.DIVERGED,
+    SiteError: Refusal.SITE,
+    CacheError: Refusal.SITE,
 }
-REFUSED, FAILED = 1001, 1002  # error codes of ours; Flower's own are below 100
-MOST_REPLICATES = 2000  # 32 MB of counts
 HELLO = "query.hello"
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def way_out(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -74,31 +83,28 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
     site = None
     try:
         site = find_site(context)
-        kind = message.metadata.message_type
-        if kind != HELLO:
-            admit(site, parse_config(context.run_config), trains=kind == MessageType.TRAIN, now=datetime.now())
+        if message.metadata.message_type != HELLO:
+            admit(site, parse_config(context.run_config), now=datetime.now())
         reply = call_next(message, context)
         enforce(site, reply.content)
         asked = _asked(message, context)
         # Written before it leaves: what cannot be recorded does not.
         reply.content[FACTS]["audit"] = record(site.state, "released", asked | contents(reply.content))
         return reply
-    except _SPEAKING as error:
-        log.error("refused: %s", error)
-        code, reason = REFUSED, str(error)
-    except (SiteError, CacheError) as error:  # these name folders, or what stands in a wrong file
-        log.error("refused: %s", error)
-        code, reason = REFUSED, str(error) if "site" not in context.node_config else _CLOSED[type(error)]
-    except Exception as error:  # its text may hold anything, so it stays here
-        log.exception("failed")
-        code = FAILED
-        reason = f"{type(error).__name__} while answering {message.metadata.message_type!r}; the site's own log has the cause"
+    except (Refused, *_CODES) as error:
+        code = error.code if isinstance(error, Refused) else _CODES[type(error)]
+        detail = str(error)
+        log.error("refused: %s", printable(detail))
+    except Exception as error:  # its text may hold anything
+        code, detail = Refusal.FAILED, type(error).__name__
+        log.error("failed:\n%s", "\n".join(map(printable, traceback.format_exc().splitlines())))
     if site is not None:
         try:
-            record(site.state, "refused", _asked(message, context) | {"reason": reason})
+            record(site.state, "refused", _asked(message, context) | {"code": int(code), "reason": detail})
         except AuditError as error:
-            log.error("%s", error)
-    return Message(Error(code, reason), reply_to=message)
+            log.error("%s", printable(str(error)))
+    # The one place where it is decided: a researcher who simulates sees the detail, a centre the fixed text.
+    return Message(Error(int(code), detail if simulated(context) else TEXTS[code]), reply_to=message)
 
 
 def _asked(message: Message, context: Context) -> dict[str, object]:
@@ -114,6 +120,11 @@ def _asked(message: Message, context: Context) -> dict[str, object]:
 
 
 app = ClientApp(mods=[way_out])
+
+
+def simulated(context: Context) -> bool:
+    """Whether this node stands for a synthetic hospital: it has a partition id and no site.yaml of its own."""
+    return "site" not in context.node_config
 
 
 def find_site(context: Context) -> Site:
@@ -145,6 +156,7 @@ def find_site(context: Context) -> Site:
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Who are you? Out go the site's public name, role, weight and released groups and, if the policy allows, three counts."""
+    no_order(message.content)
     site = find_site(context)
     facts = {
         "site": site.name,
@@ -158,98 +170,112 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train a round. Out go the shared tensors and, if the policy allows, sums of losses and counts of scores."""
+    """Train a round. Out go the shared tensors and, if the policy allows, sums of losses and coarse counts of scores."""
     site, config, cache = _opened(context)
-    if site.role != "train":
-        raise TrainError(f"site {site.name!r} has role {site.role!r} and does not train; only role 'train' does")
-    order = message.content["config"]
-    round_number, run = int(order["server-round"]), _run_name(order["run"])
-    if (
-        not 1 <= round_number <= config.federation.rounds
-    ):  # rounds are bounded by the policy, so they must be the config's
-        raise TrainError(f"round {round_number} of a run of {config.federation.rounds} rounds (federation.rounds)")
+    order = train_order(message.content, config)
+    _check_role(site)
     inputs = training_inputs(cache, config, site.name)
-    learner, state, _ = _local_learner(site, config, run, before=round_number)
+    shared = groups_shared(config.federation.share)
+    make_room(site.state / "runs", order.run)
+    learner, state, _ = _local_learner(site, config, order.run, before=order.round_number)
     model = learner.model
-    _load_shared(model, message.content["arrays"], config)
+    received = from_record(order.arrays, expected_shapes(model.state_dict(), shared))
+    _check_beginning(site, config, order, received)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in received.items()}, strict=False)
 
     # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
-    before = score_slices(model, (), cache, cache.rows("val"), config.model, config.train.precision)
-    tally = tally_scores(before, 0, np.random.default_rng(0))
+    patients = min(len(np.unique(cache.patient[cache.rows("train")])), counted_patients(cache, "val"))
+    tally = None
+    if not metrics_refusal(site, patients):
+        before = score_slices(model, (), cache, cache.rows("val"), config.model, config.train.precision)
+        tally = tally_to_arrays(tally_scores(before, site.policy.min_patients, 0, np.random.default_rng()))
 
     report = train_round(
         learner,
         inputs,
         config,
         site=site.name,
-        round_number=round_number,
-        proximal_mu=float(order.get("proximal-mu", 0.0)),
+        round_number=order.round_number,
+        proximal_mu=order.proximal_mu,
         progress=lambda line: _between_epochs(site, config, line),
     )
-    state.save(learner, round_number)
-    patients = min(len(np.unique(cache.patient[cache.rows("train")])), tally.patients)
+    trained = to_arrays(model.state_dict(), shared)
+    if not all(np.isfinite(value).all() for value in trained.values()):
+        raise TrainError(f"site {site.name!r}: weights are not finite after the round", Refusal.DIVERGED)
+    state.save_footing(after_round(state.footing(), order.round_number, received, trained))
+    state.save(learner, order.round_number)
     return _reply(
         message,
         site,
         facts={"site": site.name, "weight": site.weight},
         metrics={PATIENTS: patients, **asdict(report)},
-        update=to_record(to_arrays(model.state_dict(), groups_shared(config.federation.share))),
-        tally=tally_to_record(tally),
+        update=to_record(trained),
+        tallies={} if tally is None else {TALLY: arrays_to_record(tally)},
     )
+
+
+def _check_role(site: Site) -> None:
+    """Only hospitals that train take part in a run; held-out ones are tested by their own command (server/evaluate.py)."""
+    if site.role != "train":
+        raise TrainError(
+            f"site {site.name!r} has role {site.role!r}; only role 'train' takes part in a run", Refusal.ROLE
+        )
+
+
+def _check_beginning(site: Site, config: RunConfig, order: TrainOrder, received: Tensors) -> None:
+    """Check that a run begins with the model that its seed gives, or with the pretrained one that was tested here."""
+    if order.round_number > 1:
+        return
+    if not config.model.pretrained:
+        check_initial(received, initial_model(config))
+        return
+    encoder = {name: value for name, value in received.items() if name.startswith("encoder.")}
+    known = tested(site, order.run, "initial")
+    if known is not None and known.partition("/")[0] != tested_hash(encoder, []):
+        raise ModelNotOfRunError("round 1 begins with another encoder than the initial one that was tested")
 
 
 def _between_epochs(site: Site, config: RunConfig, line: str) -> None:
     """Training that began inside of the hospital's hours stops with the first epoch that ends after them."""
     log.info(line)
-    admit(site, config, trains=True, now=datetime.now())
+    admit(site, config, now=datetime.now())
 
 
 @app.query("heads")
 def heads(message: Message, context: Context) -> Message:
     """Give your heads. Out go the tensors of the groups asked for; the policy decides whether they may."""
     site, config, _ = _opened(context)
-    order = message.content["config"]
-    wanted = tuple(str(order["groups"]).split(","))
-    learner, _, trained = _local_learner(site, config, _run_name(order["run"]))
+    order = heads_order(message.content)
+    learner, _, trained = _local_learner(site, config, order.run)
     if not trained:
-        raise TrainError(f"site {site.name!r} has trained no round of this run, so it has no heads of it")
+        raise TrainError(f"site {site.name!r} has trained no round of this run", Refusal.NOT_TRAINED)
     return _reply(
-        message, site, facts={"site": site.name}, update=to_record(to_arrays(learner.model.state_dict(), wanted))
+        message, site, facts={"site": site.name}, update=to_record(to_arrays(learner.model.state_dict(), order.groups))
     )
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test a model on your validation or test split. Out go counts of scores, if the policy allows.
-
-    The counts are fine: of a small hospital they show single slices' scores, and their bootstrap rows which slices belong
-    to one patient, though neither slice nor patient is named. policy.metrics = false keeps them.
-    """
+    """Test a model of the run on your validation and test splits. Out go coarse counts of scores, if the policy allows."""
     site, config, cache = _opened(context)
-    order = message.content["config"]
-    split, replicates = str(order["split"]), int(order["replicates"])
-    if split not in ("val", "test") or not 0 <= replicates <= MOST_REPLICATES:
-        raise TrainError(
-            f"split {split!r} with {replicates} replicates, expected val or test and 0 to {MOST_REPLICATES}"
-        )
-    model = build_model(config.model, config.run.seed).to(best_device())
-    shapes = expected_shapes(model.state_dict(), TENSOR_GROUPS)
-    _load(model, message.content["arrays"], {n: s for n, s in shapes.items() if n.startswith("encoder.")})
-    sets = []
-    for name in sorted(message.content.keys()):
-        if name.startswith("heads"):
-            record = message.content[name]
-            arrays = from_record(record, {n: shapes[n] for n in record if n in shapes})
-            sets.append({n: torch.from_numpy(value) for n, value in arrays.items()})
-    scores = score_slices(model, sets, cache, cache.rows(split), config.model, config.train.precision)
-    # The hospital's key seeds the bootstrap: it repeats here, and nobody else knows the draws.
-    rng = np.random.default_rng([*site.key()[:8], round_seed(config.run.seed, split, 0)])
-    tally = tally_scores(scores, replicates, rng)
-    refusal = metrics_refusal(site, tally.patients)
-    if refusal:
-        raise PolicyError(f"site {site.name!r} does not release counts of its {split} split: {refusal}")
+    order = evaluation_order(message.content, config)
+    _check_role(site)
+
+    def draws(split: str) -> np.random.Generator:
+        """Fresh draws, which no other request shares; of a simulated hospital the same in each simulation of a seed."""
+        if not simulated(context):
+            return np.random.default_rng()
+        return np.random.default_rng([*site.key()[:8], round_seed(config.run.seed, split, 0)])
+
+    local = _local_learner(site, config, order.run)
+    answer, facts = evaluate_model(site, config, cache, order, local, draws)
+    records = {"val": TALLY_VAL, "test": TALLY_TEST}
     return _reply(
-        message, site, facts={"site": site.name}, metrics={PATIENTS: tally.patients}, tally=tally_to_record(tally)
+        message,
+        site,
+        facts={"site": site.name, **facts},
+        metrics={PATIENTS: patients_in(answer)},
+        tallies={records[split]: arrays_to_record(arrays) for split, arrays in answer.items()},
     )
 
 
@@ -257,13 +283,6 @@ def _opened(context: Context) -> tuple[Site, RunConfig, SliceCache]:
     """Site, config and cache of this node."""
     site = find_site(context)
     return site, parse_config(context.run_config), read_cache(site.cache)
-
-
-def _run_name(value: object) -> str:
-    """The run's name, fit to be a file name: it comes from the server."""
-    if not isinstance(value, str) or not _RUN_NAME.fullmatch(value):
-        raise TrainError(f"run name {str(value)[:40]!r}, expected up to 100 letters, digits, '.', '_' or '-'")
-    return value
 
 
 def _local_learner(
@@ -275,17 +294,6 @@ def _local_learner(
     return learner, state, state.restore(learner, before)
 
 
-def _load_shared(model: MultiTaskSwin, record: ArrayRecord, config: RunConfig) -> None:
-    """Put the server's tensors into the model, checked."""
-    _load(model, record, expected_shapes(model.state_dict(), groups_shared(config.federation.share)))
-
-
-def _load(model: MultiTaskSwin, record: ArrayRecord, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Put exactly these tensors into the model."""
-    arrays = from_record(record, shapes)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
-
-
 def _reply(
     message: Message,
     site: Site,
@@ -293,16 +301,16 @@ def _reply(
     facts: dict[str, str | int | float],
     metrics: dict[str, int | float] | None = None,
     update: ArrayRecord | None = None,
-    tally: ArrayRecord | None = None,
+    tallies: dict[str, ArrayRecord] | None = None,
 ) -> Message:
     """A reply; numbers that the policy holds back are left out and the reason is put in their place."""
     content = RecordDict()
     refusal = metrics_refusal(site, int(metrics[PATIENTS])) if metrics else ""
-    content[FACTS] = ConfigRecord({**facts, "withheld": refusal, "audit": ""})
+    content[FACTS] = ConfigRecord({"withheld": refusal, **facts, "audit": ""})
     if update is not None:
         content[UPDATE] = update
     if metrics and not refusal:
         content[METRICS] = MetricRecord(metrics)
-        if tally is not None:
-            content[TALLY] = tally
+        for name, tally in (tallies or {}).items():
+            content[name] = tally
     return Message(content, reply_to=message)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,14 +23,20 @@ from typing import BinaryIO
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 
+from shared.refusals import Refusal, Refused
+
 FILE = "audit.jsonl"
 START = "0" * 64  # what the first entry is chained to
 CUT = "cut line"  # entry that follows a line which a crash or a full disk left unfinished
-_TAIL = 1 << 20  # an entry is far shorter
+_LONGEST_LINE = 512 * 1024  # of an entry that is written here; one of a round has about 40 KiB
+_LONGEST_TEXT, _MOST_ITEMS, _MOST_TENSORS, _DEEPEST = 1000, 200, 2000, 6
+_TAIL = 1 << 20  # what is read first of a log's end
 
 
-class AuditError(RuntimeError):
-    """The audit log cannot be written, so nothing may leave; the text may reach the server."""
+class AuditError(Refused):
+    """The audit log cannot be written, so nothing may leave."""
+
+    code = Refusal.AUDIT
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,49 @@ def record(folder: Path, event: str, facts: Mapping[str, object]) -> str:
     return newest
 
 
+def printable(text: str) -> str:
+    """A text on one line of plain characters, whatever it holds: control characters would forge lines on a screen."""
+    return text.encode("unicode_escape", "backslashreplace").decode("ascii") if not _is_plain(text) else text
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
+
+
 def _entry(before: str, event: str, facts: Mapping[str, object]) -> tuple[str, str]:
-    """Hash and line of a new entry."""
-    content = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts, "before": before}
+    """Hash and line of a new entry, shorter than _LONGEST_LINE whatever the facts are."""
+    bounded = _bounded(facts)
+    size = len(json.dumps(bounded))
+    if size > _LONGEST_LINE // 2:
+        kept = {key: value for key, value in bounded.items() if isinstance(value, str | int | float)}
+        bounded = kept | {"left_out_bytes": size, "left_out_sha256": _hash(bounded)}
+    content = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **bounded, "before": before}
     newest = _hash(content)
     return newest, json.dumps(content | {"hash": newest}, sort_keys=True) + "\n"
+
+
+def _bounded(value: object, depth: int = 0) -> object:
+    """A value as it is recorded: long texts as their length and hash, control characters escaped, numbers finite."""
+    if isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+            return f"({len(value)} characters, sha256 {digest})"
+        return printable(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        short = abs(value) < 10**30 and math.isfinite(value)
+        return value if short else f"({type(value).__name__} that is not a plain number)"
+    if depth > _DEEPEST:
+        return "(nested too deep)"
+    if isinstance(value, Mapping):
+        items = list(value.items())
+        kept = {str(_bounded(str(key))): _bounded(one, depth + 1) for key, one in items[:_MOST_ITEMS]}
+        return kept if len(items) <= _MOST_ITEMS else kept | {"left_out": len(items) - _MOST_ITEMS}
+    if isinstance(value, list | tuple):
+        kept = [_bounded(one, depth + 1) for one in value[:_MOST_TENSORS]]
+        return kept if len(value) <= _MOST_TENSORS else [*kept, f"({len(value) - _MOST_TENSORS} more)"]
+    return f"({type(value).__name__})"
 
 
 def _hash(content: Mapping[str, object]) -> str:
@@ -94,21 +139,27 @@ def _hash(content: Mapping[str, object]) -> str:
 
 def _end(file: BinaryIO) -> tuple[str, bool, bytes]:
     """Hash of the last whole entry, whether its file ends within a line, and what stands in that line if it is no entry."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _TAIL))
-    *lines, last = file.read().split(b"\n")
-    whole = [entry for entry in map(_parsed, [*lines, last]) if entry is not None]
-    before = str(whole[-1]["hash"]) if whole else START
-    return before, bool(last), b"" if _parsed(last) else last
+    size, tail = file.seek(0, os.SEEK_END), _TAIL
+    while True:  # a log of an older version may hold longer lines
+        begin = max(0, size - tail)
+        file.seek(begin)
+        first, *lines = file.read().split(b"\n")
+        lines = lines if begin else [first, *lines]  # the first one is cut where the file does not begin
+        whole = next((entry for entry in map(_parsed, reversed(lines)) if entry is not None), None)
+        if whole is not None or not begin:
+            break
+        tail *= 4
+    last = lines[-1]
+    return (str(whole["hash"]) if whole else START), bool(last), b"" if _parsed(last) else last
 
 
 def _parsed(line: bytes) -> dict | None:
     """An entry, or None for a line that is none."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and "hash" in entry else None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("hash"), str) else None
 
 
 def read_entries(folder: Path) -> Iterator[tuple[int, bytes, dict | None]]:

@@ -34,6 +34,7 @@ from client.node import (
 from client.program import Task, make_place
 from shared.enrol import EnrolError
 from shared.processes import HeldError, end_owned, hold
+from shared.refusals import TEXTS, Refusal
 from shared.rights import user_name
 from shared.site import Site
 from shared.units import unit_text
@@ -42,7 +43,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused 
 STEADY_S = 120.0  # a connection that held that long did not fail at its start
 BUSY_POLL_S, IDLE_POLL_S = 0.25, 3.0  # between two questions for a message, while a run goes on and otherwise
 BUSY_S = 60.0  # after a message, the next is soon
-ENDED, ENDED_TEXT = 1002, "the site's process ended without an answer; the site's own log may have the cause"
 
 # Of root's rights only: to become the owner of site.yaml, to read what is the owner's, to end what it started.
 _HARDENING = """\
@@ -146,7 +146,9 @@ class Daemon:
 def error_frames(order: Order, node_id: int) -> list[bytes]:
     """The reply for a message whose process ended."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, order.run_id, node_id
-    return reply_frames(Message(Error(ENDED, ENDED_TEXT), reply_to=message_from_proto(order.message)))
+    return reply_frames(
+        Message(Error(int(Refusal.FAILED), TEXTS[Refusal.FAILED]), reply_to=message_from_proto(order.message))
+    )
 
 
 def keep_from_others(folder: Path) -> None:

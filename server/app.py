@@ -45,11 +45,14 @@ from server.runs import (
 )
 from server.strategy import RoundResult, build_strategy, repeat_round
 from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
+from shared.foreign import shown
 from shared.metrics import auc
 from shared.model import ModelError, MultiTaskSwin, load_pretrained
+from shared.rules import TENSOR_GROUPS
 from shared.scoring import build_model
-from shared.site import TENSOR_GROUPS, SiteError, read_site
+from shared.site import SiteError, read_site
 from shared.slices import CacheError, read_cache
+from shared.tally import spread
 from shared.wire import (
     Tensors,
     UpdateError,
@@ -58,6 +61,7 @@ from shared.wire import (
     groups_shared,
     part_of,
     tally_from_record,
+    tested_hash,
     to_arrays,
     to_record,
 )
@@ -236,22 +240,34 @@ def test_seen(
     """Have the training hospitals test a model on their validation and test splits, and keep their counts."""
     timeout_s = config.federation.round_deadline_s
     forget_test(run, stage)  # a resumed run may have ended before, with other heads
-    content = RecordDict({"arrays": to_record({n: v for n, v in arrays.items() if n.startswith("encoder.")})})
+    encoder = {n: v for n, v in arrays.items() if n.startswith("encoder.")}
+    content = RecordDict(
+        {"config": ConfigRecord({"run": run.resolve().name, "stage": stage}), "arrays": to_record(encoder)}
+    )
     for name, tensors in heads.items():
         content[f"heads-{name}"] = to_record(tensors)
         write_tensors(run / "checkpoint" / f"heads-{stage}-{name}.safetensors", tensors, {})
+    # Sorted as the records arrive: an ensemble's hash is of its sets in this order.
+    model = tested_hash(encoder, [heads[name] for name in sorted(heads)])
     counts = {m.site: m.counts for m in members}
-    for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
-        content["config"] = ConfigRecord({"split": split, "replicates": replicates})
-        messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
-        for site, reply in receive(grid, messages, timeout_s):
-            try:
-                record = part_of(content_of(reply, timeout_s), "tally", ArrayRecord)
-                tally = tally_from_record(record, replicates)
-                check_tally(tally, counts[site])
-                save_tally(run, stage, part, site, tally)
-            except UpdateError as error:
-                say(f"  {site}: no counts of its {split} split: {error}")
+    messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
+    for site, reply in receive(grid, messages, timeout_s):
+        try:
+            answer = content_of(reply, timeout_s)
+            facts = part_of(answer, "facts", ConfigRecord)
+            if facts.get("model") != model:
+                raise UpdateError(
+                    f"it tested another {stage} model of this run before, and tests one only; its counts are left out"
+                )
+            if facts.get("withheld"):
+                say(f"  {site} withholds counts: {shown(facts['withheld'])}")
+            for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
+                if f"tally-{split}" in answer:
+                    tally = tally_from_record(part_of(answer, f"tally-{split}", ArrayRecord), replicates)
+                    check_tally(tally, counts[site])
+                    save_tally(run, stage, part, site, tally)
+        except UpdateError as error:
+            say(f"  {site}: no counts of the {stage} model: {error}")
 
 
 def describe_round(number: int, result: RoundResult) -> dict:
@@ -264,7 +280,7 @@ def describe_round(number: int, result: RoundResult) -> dict:
         )
         validation = {}
         if site.tally is not None:
-            area = float(auc(site.tally.counts[0]))
+            area = float(auc(spread(site.tally).counts[0]))
             validation = {
                 "val_auc_before": None if np.isnan(area) else area,
                 "val_dice_before": float(site.tally.dice_sum[0] / max(site.tally.dice_slices[0], 1)),

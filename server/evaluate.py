@@ -32,11 +32,12 @@ from server.runs import (
 )
 from shared.batches import read_batch
 from shared.config import RunConfig
-from shared.metrics import MetricsError, Tally, best_threshold, merge_tallies, summarise, tally_scores
+from shared.metrics import Counts, MetricsError, Tally, best_threshold, summarise
 from shared.model import MultiTaskSwin, autocast
 from shared.scoring import best_device, build_model, score_slices
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
+from shared.tally import pooled, spread, tally_scores
 from shared.wire import group
 
 PROBE_BATCH = 32
@@ -91,16 +92,33 @@ def load_model(run: Path, config: RunConfig, stage: str) -> tuple[MultiTaskSwin,
 
 
 def evaluate_site(
-    model: MultiTaskSwin, heads: Sequence[Mapping[str, torch.Tensor]], site: Site, cache: SliceCache, config: RunConfig
+    model: MultiTaskSwin,
+    heads: Sequence[Mapping[str, torch.Tensor]],
+    site: Site,
+    cache: SliceCache,
+    config: RunConfig,
+    repeats: bool = False,
 ) -> Tally:
-    """Counts of one held-out site, all its slices."""
+    """Counts of one held-out site, all its slices; as coarse as what a training hospital sends.
+
+    Args:
+      model, heads: what is tested.
+      site, cache: on which.
+      config: of the run.
+      repeats: whether the bootstrap's draws follow from the seed; for synthetic hospitals, since draws that two tests share
+        would link their patients.
+    """
     scores = score_slices(model, heads, cache, cache.rows(), config.model, config.train.precision)
-    rng = np.random.default_rng([*site.key()[:8], config.run.seed])
-    return tally_scores(scores, config.evaluation.replicates, rng)
+    rng = np.random.default_rng([*site.key()[:8], config.run.seed] if repeats else None)
+    return tally_scores(scores, site.policy.min_patients, config.evaluation.replicates, rng)
 
 
 def evaluate_unseen(
-    run: Path, config: RunConfig, site_files: Sequence[Path], progress: Callable[[str], None] = lambda line: None
+    run: Path,
+    config: RunConfig,
+    site_files: Sequence[Path],
+    progress: Callable[[str], None] = lambda line: None,
+    repeats: bool = False,
 ) -> None:
     """Test the initial and the final model on held-out sites and complete the run's summary.
 
@@ -110,6 +128,8 @@ def evaluate_unseen(
       run: folder of a run that has finished training.
       config: the run's.
       site_files: site.yaml of each held-out site.
+      progress: told what is tested.
+      repeats: see evaluate_site.
     Raises:
       EvaluationError, SiteError, CacheError: a site cannot be used; nothing is written then.
       EvaluationError, RunError: counts of another site cannot be used; those of this call are kept.
@@ -125,7 +145,8 @@ def evaluate_unseen(
     for stage, (model, heads) in models.items():
         for site, cache in sites:
             progress(f"{stage} model on {site.name}: {len(cache.label)} slices")
-            save_tally(run, stage, "unseen", site.name, evaluate_site(model, heads, site, cache, config), hashes[stage])
+            tally = evaluate_site(model, heads, site, cache, config, repeats)
+            save_tally(run, stage, "unseen", site.name, tally, hashes[stage])
     check_unseen(run, hashes.__getitem__)
     draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
     counts = {site.name: cache.counts() | {"role": site.role} for site, cache in sites}
@@ -218,7 +239,7 @@ def _summarise_stage(run: Path, stage: str) -> dict:
     """Metrics of one model: seen, unseen, per site."""
     validation = load_tallies(run, stage, "val")
     try:
-        threshold = best_threshold(merge_tallies(validation.values()).counts[0])
+        threshold = best_threshold(pooled(validation.values()).counts[0])
     except MetricsError:
         threshold = None  # the hospitals' policies keep their validation counts: F1 stays undefined
     result: dict = {"threshold_bin": threshold, "per_site": {}}
@@ -226,12 +247,12 @@ def _summarise_stage(run: Path, stage: str) -> dict:
         tallies = load_tallies(run, stage, part)
         if not tallies:
             continue
-        result[part] = _as_dict(merge_tallies(tallies.values()), threshold)
+        result[part] = _as_dict(pooled(tallies.values()), threshold)
         for site, tally in tallies.items():
-            result["per_site"][site] = {"part": part, **_as_dict(tally, threshold)}
+            result["per_site"][site] = {"part": part, **_as_dict(spread(tally), threshold)}
     return result
 
 
-def _as_dict(tally: Tally, threshold: int | None) -> dict:
+def _as_dict(counts: Counts, threshold: int | None) -> dict:
     """Estimates as plain numbers."""
-    return {name: asdict(estimate) for name, estimate in summarise(tally, threshold).items()}
+    return {name: asdict(estimate) for name, estimate in summarise(counts, threshold).items()}

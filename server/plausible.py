@@ -61,7 +61,7 @@ def check_tally(tally: Tally, counts: Mapping[str, int]) -> None:
     _check_most("patients", tally.patients, counts)
     _check_most("slices", max(labelled, masked), counts)
     _check_most("positives", int(tally.counts[0, 1].sum()), counts)
-    if tally.patients > labelled + masked:
+    if tally.patients > labelled + masked > 0:  # of too few patients a hospital counts none
         raise UpdateError(f"counts of {tally.patients} patients in {labelled + masked} slices")
     if (tally.dice_sum > tally.dice_slices * (1 + _ROUNDING) + _ROUNDING).any():
         raise UpdateError("a sum of Dice that is larger than the number of its slices")

@@ -14,8 +14,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from server.runs import EXAMPLES, load_tallies, read_config, read_rounds, read_summary
-from shared.metrics import merge_tallies, roc_points
+from shared.metrics import roc_points
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
+from shared.tally import pooled
 
 SEEN, UNSEEN, QUIET = COLOURS[0], COLOURS[1], "#9aa5ab"
 
@@ -31,7 +32,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% endfor %}</div>
 
 <h2>How good</h2>
-<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). F1 at the threshold that was best on the training hospitals' validation slices (a dash if their policies kept those counts).{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
+<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). F1 at the threshold that was best on the training hospitals' validation slices (a dash if their policies kept those counts). Hospitals count in cells of neighbouring scores with several patients each, so curves and F1 are interpolated within cells.{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
 <div class="scroll"><table><tr><th>Hospitals</th><th>Model</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th><th class="n">Slices</th><th class="n">Patients</th></tr>
 {% for row in main_rows %}<tr><td>{{ row.part }}</td><td>{{ row.stage }}</td>{% for m in row.metrics %}<td class="n">{{ m.value }} <span class="ci">{{ m.interval }}</span></td>{% endfor %}<td class="n">{{ row.slices }}</td><td class="n">{{ row.patients }}</td></tr>
 {% endfor %}</table></div>
@@ -227,7 +228,7 @@ def _roc(run: Path) -> Figure:
             ("final", {"color": colour, "lw": 2}, "after training"),
         ):
             tallies = load_tallies(run, stage, part)
-            counts = merge_tallies(tallies.values()).counts[0] if tallies else np.zeros((2, 1))
+            counts = pooled(tallies.values()).counts[0] if tallies else np.zeros((2, 1))
             if counts.sum(axis=1).all():
                 axes.plot(*roc_points(counts), label=label, **style)
         plain_axes(axes, title, "false positive rate")

@@ -19,17 +19,18 @@ from shared.slices import CacheError
 ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
 
 
-def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None]) -> tuple[Path, dict]:
+def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repeats: bool = False) -> tuple[Path, dict]:
     """Test a run's global model on held-out hospitals; the report's page and the summary.
 
     Args:
       run: the run's folder.
       sites: site.yaml of each hospital.
       say: told a line per hospital.
+      repeats: whether intervals repeat with the seed, for synthetic hospitals.
     Raises:
       one of ERRORS.
     """
-    evaluate_unseen(run, read_config(run), sites, say)
+    evaluate_unseen(run, read_config(run), sites, say, repeats)
     return write_report(run), read_summary(run)
 
 

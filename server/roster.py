@@ -21,7 +21,8 @@ from server.runs import write_status
 from server.weights import site_weights
 from shared.config import FederationSettings, is_name
 from shared.foreign import LONGEST_NAME, shown
-from shared.site import ROLES, TENSOR_GROUPS
+from shared.rules import TENSOR_GROUPS
+from shared.site import ROLES
 from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0

@@ -10,12 +10,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
+MOST_HU, MOST_WINDOWS = 32768.0, 8  # CT values are int16
+LONGEST_TEXT = 1000  # of a value; the longest are paths
 NAME_WORDS = "up to 64 letters, digits, '-', '_' or '.', a letter or digit first"
 
 
@@ -60,10 +63,11 @@ class ModelSettings:
             pairs = [tuple(float(edge) for edge in window.split(":")) for window in self.windows_hu.split(",")]
         except ValueError:
             pairs = []
-        if not pairs or any(len(pair) != 2 or pair[0] >= pair[1] for pair in pairs):
+        sound = all(len(pair) == 2 and -MOST_HU <= pair[0] < pair[1] <= MOST_HU for pair in pairs)
+        if not sound or not 1 <= len(pairs) <= MOST_WINDOWS:
             raise ConfigError(
-                f"model.windows_hu is {self.windows_hu!r}; expected 'low:high' in HU with low < high, "
-                "several separated by commas, such as '0:80' or '0:80,-20:180'"
+                f"model.windows_hu is {self.windows_hu[:60]!r}; expected 'low:high' in HU with low < high, up to {MOST_WINDOWS} "
+                "separated by commas, such as '0:80' or '0:80,-20:180'"
             )
         return tuple(pairs)
 
@@ -185,6 +189,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "federation.heads": ("average", "ensemble", "probe"),
 }
 _LEAST: dict[str, float] = {
+    "run.seed": 0,
     "train.epochs": 1,
     "train.batch": 2,
     "train.weight_decay": 0,
@@ -202,6 +207,19 @@ _LEAST: dict[str, float] = {
     "federation.server_momentum": 0,
     "evaluation.replicates": 100,
 }
+# Absurd values; what a hospital accepts is narrower (shared/site.py).
+_MOST: dict[str, float] = {
+    "run.seed": 2**63 - 1,
+    "train.epochs": 10_000,
+    "train.batch": 10_000,
+    "train.warmup": 1,
+    "federation.rounds": 1_000_000,
+    "federation.quorum": 10_000,
+    "federation.faulty": 10_000,
+    "federation.server_momentum": 1,
+    "evaluation.replicates": 2000,  # 1 MB of counts
+}
+_MOST_NUMBER = 1e9  # of any other key
 _ABOVE_ZERO = (
     "train.learning_rate",
     "train.matrix_rate",
@@ -251,8 +269,10 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     values = {}
     for key, value in flat.items():
         if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown config key {key!r}; did you mean {near!r}? (shared/config.py lists all keys)")
+            near = difflib.get_close_matches(str(key)[:60], defaults, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"unknown config key {ascii(key)[:60]}; did you mean {near!r}? (shared/config.py lists all keys)"
+            )
         values[key] = _checked(key, value, type(defaults[key]))
     merged = defaults | values
     sections = {
@@ -286,13 +306,20 @@ def _check_rule(settings: FederationSettings) -> None:
 def _checked(key: str, value: Any, expected: type) -> Scalar:
     """One value, of its type and in its range."""
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= _MOST_NUMBER else math.inf
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); expected {expected.__name__}")
+        raise ConfigError(f"{key} is {ascii(value)[:60]} ({type(value).__name__}); expected {expected.__name__}")
+    if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
+        raise ConfigError(f"{key} is {value[:40]!a}; expected up to {LONGEST_TEXT} printable characters")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value!r}; expected a finite number")
     if key in _CHOICES and value not in _CHOICES[key]:
         raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(_CHOICES[key])}")
     if key in _LEAST and not value >= _LEAST[key]:
         raise ConfigError(f"{key} is {value!r}; expected at least {_LEAST[key]:g}")
+    most = _MOST.get(key, _MOST_NUMBER)
+    if not isinstance(value, str) and not value <= most:
+        raise ConfigError(f"{key} is {value!r}; expected at most {most:g}")
     if key in _ABOVE_ZERO and not value > 0:
         raise ConfigError(f"{key} is {value!r}; expected more than 0")
     return value

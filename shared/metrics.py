@@ -1,9 +1,9 @@
 """Metrics as sums that merge: counts of scores in, AUC, F1 and Dice with intervals out.
 
-A hospital sends no list of scores. It counts them: how many slices with and without the marker fell
-into each score bin, and the sum of Dice, once for its patients as they are (row 0) and once for each bootstrap
-sample of its patients (rows 1 to R). Counts of several hospitals add up, and the pooled AUC, F1 and Dice follow
-from the sums; averages of averages appear nowhere.
+Scores are counted: how many slices with and without the marker fell into each score bin, and the sum of Dice, once for
+the patients as they are (row 0) and once for each bootstrap sample of them (rows 1 to R). Counts of several hospitals add
+up, and the pooled AUC, F1 and Dice follow from the sums; averages of averages appear nowhere. No hospital sends these fine
+counts: what leaves is coarser (shared/tally.py).
 
 Intervals are percentile bootstraps over patients, drawn within each hospital (Efron and Tibshirani 1993, ch. 13).
 """
@@ -45,17 +45,39 @@ class Scores:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts over slices; leaves the hospital when its policy allows metrics.
+    """Coarse counts over the slices of one hospital; leaves the hospital when its policy allows metrics.
 
     Attributes:
-      counts: int64 (R + 1, 2, BINS), slices without and with the marker per score bin; row 0 the patients as they
-        are, rows 1 to R bootstrap samples.
+      edges: int64 (K + 1,), which of the steps of shared/tally.py each of the K cells begins with; the last is their end.
+      counts: int64 (R + 1, 2, K), slices without and with the marker per cell; row 0 the patients as they are, rows 1 to
+        R bootstrap samples.
+      auc: float, area under the hospital's own ROC curve, rounded; 0.5 where one class is missing.
+      dice_sum: float64 (R + 1,), sum of Dice over slices with a mask, rounded.
+      dice_slices: int64 (R + 1,), their number.
+      patients: number of patients with a label or a mask.
+    """
+
+    edges: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    auc: float
+    dice_sum: NDArray[np.float64]
+    dice_slices: NDArray[np.int64]
+    patients: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts over slices, of one hospital or of several together.
+
+    Attributes:
+      counts: int64 or float64 (R + 1, 2, BINS), slices without and with the marker per score bin; row 0 the patients as
+        they are, rows 1 to R bootstrap samples. Fractions where a coarser count was spread over the bins.
       dice_sum: float64 (R + 1,), sum of Dice over slices with a mask.
       dice_slices: int64 (R + 1,), their number.
       patients: number of patients with a label or a mask.
     """
 
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64 | np.float64]
     dice_sum: NDArray[np.float64]
     dice_slices: NDArray[np.int64]
     patients: int
@@ -72,7 +94,7 @@ class Estimate:
     n_patients: int
 
 
-def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> Tally:
+def count_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> Counts:
     """Count scores, for the patients as they are and for bootstrap samples of them.
 
     Args:
@@ -82,35 +104,76 @@ def tally_scores(scores: Scores, replicates: int, rng: np.random.Generator) -> T
     Raises:
       MetricsError: a score is not finite; binned, it would pass for a confident one.
     """
-    if not np.isfinite(scores.logit).all():
-        bad = np.count_nonzero(~np.isfinite(scores.logit))
-        raise MetricsError(f"{bad} of {len(scores.logit)} scores are not finite; the model has diverged: train it anew")
-    patients, owner = np.unique(scores.patient, return_inverse=True)
-    known = ~np.isnan(scores.label)
+    check_finite(scores)
     place = (scores.logit + LOGIT_LIMIT) / (2 * LOGIT_LIMIT) * BINS
     bins = np.clip(np.floor(place), 0, BINS - 1).astype(np.int64)
-    cell = np.where(known, scores.label, 0).astype(np.int64) * BINS + bins
-    per_patient = np.zeros((len(patients), 2 * BINS))
-    np.add.at(per_patient, (owner[known], cell[known]), 1)
-    masked = ~np.isnan(scores.dice)
-    dice_sum = np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients))
-    dice_slices = np.bincount(owner[masked], minlength=len(patients))
-    # How often each patient is drawn: once in row 0, multinomially in the others.
-    n = len(patients)
-    drawn = np.vstack(
-        [np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)]
-        if n
-        else [np.ones((replicates + 1, 0))]
-    )
-    return Tally(
-        counts=np.rint(drawn @ per_patient).astype(np.int64).reshape(-1, 2, BINS),
-        dice_sum=drawn @ dice_sum,
-        dice_slices=np.rint(drawn @ dice_slices).astype(np.int64),
-        patients=len(np.unique(owner[known | masked])),
+    per_patient = per_patient_counts(scores, bins, BINS)
+    return per_patient.drawn(draw_patients(len(per_patient.labels), replicates, rng))
+
+
+def check_finite(scores: Scores) -> None:
+    """Refuse scores that are not finite; how many are is not in the text.
+
+    Raises:
+      MetricsError: there is one; binned, it would pass for a confident score.
+    """
+    if not (np.isfinite(scores.logit).all() and not np.isinf(scores.dice).any()):
+        raise MetricsError("scores are not finite; the model has diverged: train it again")
+
+
+@dataclass(frozen=True)
+class PatientCounts:
+    """Counts for each patient; stays where the slices are.
+
+    Attributes:
+      labels: float64 (P, 2, BINS), slices without and with the marker per bin.
+      dice_sum: float64 (P,).
+      dice_slices: int64 (P,).
+    """
+
+    labels: NDArray[np.float64]
+    dice_sum: NDArray[np.float64]
+    dice_slices: NDArray[np.int64]
+
+    def drawn(self, times: NDArray[np.float64]) -> Counts:
+        """Sum the patients, each as often as it was drawn: (R + 1, P)."""
+        flat = times @ self.labels.reshape(len(self.labels), 2 * self.labels.shape[-1])
+        return Counts(
+            counts=np.rint(flat).astype(np.int64).reshape(len(times), *self.labels.shape[1:]),
+            dice_sum=times @ self.dice_sum,
+            dice_slices=np.rint(times @ self.dice_slices).astype(np.int64),
+            patients=int(((self.labels.sum((1, 2)) + self.dice_slices) > 0).sum()),
+        )
+
+
+def per_patient_counts(scores: Scores, bins: NDArray[np.int64], size: int) -> PatientCounts:
+    """Count each patient's slices.
+
+    Args:
+      scores: of slices of one hospital.
+      bins: int64 (N,), each slice's bin.
+      size: number of bins.
+    """
+    patients, owner = np.unique(scores.patient, return_inverse=True)
+    known, masked = ~np.isnan(scores.label), ~np.isnan(scores.dice)
+    labels = np.zeros((len(patients), 2, size))
+    np.add.at(labels, (owner[known], scores.label[known].astype(np.int64), bins[known]), 1)
+    return PatientCounts(
+        labels,
+        np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients)),
+        np.bincount(owner[masked], minlength=len(patients)),
     )
 
 
-def merge_tallies(tallies: Iterable[Tally]) -> Tally:
+def draw_patients(patients: int, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """How often each patient is drawn, float64 (R + 1, P): once in row 0, multinomially in the others."""
+    if not patients:
+        return np.ones((replicates + 1, 0))
+    drawn = rng.multinomial(patients, np.full(patients, 1 / patients), size=replicates)
+    return np.vstack([np.ones((1, patients)), drawn])
+
+
+def merge_counts(tallies: Iterable[Counts]) -> Counts:
     """Counts of several hospitals together.
 
     Raises:
@@ -122,7 +185,7 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
             f"tallies of shapes {[part.counts.shape for part in parts]} cannot be merged; expected at least one and "
             "the same evaluation.replicates at every site"
         )
-    return Tally(
+    return Counts(
         counts=sum(part.counts for part in parts),
         dice_sum=sum(part.dice_sum for part in parts),
         dice_slices=sum(part.dice_slices for part in parts),
@@ -178,21 +241,21 @@ def roc_points(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[
     return false_positive, true_positive
 
 
-def summarise(tally: Tally, threshold_bin: int | None) -> dict[str, Estimate]:
+def summarise(counts: Counts, threshold_bin: int | None) -> dict[str, Estimate]:
     """AUC, F1 at a given threshold and mean Dice, each with its 95 % interval over patients.
 
     Args:
-      tally: of one site, or of several merged.
+      counts: of one site, or of several merged.
       threshold_bin: from best_threshold on validation slices; None where there were none, and then F1 is undefined.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        dice = tally.dice_sum / tally.dice_slices
-    labelled = int(tally.counts[0].sum())
-    f1_rows = np.full(len(dice), np.nan) if threshold_bin is None else f1(tally.counts, threshold_bin)
+        dice = counts.dice_sum / counts.dice_slices
+    labelled = round(counts.counts[0].sum())
+    f1_rows = np.full(len(dice), np.nan) if threshold_bin is None else f1(counts.counts, threshold_bin)
     return {
-        "auc": _estimate(auc(tally.counts), labelled, tally.patients),
-        "f1": _estimate(f1_rows, labelled, tally.patients),
-        "dice": _estimate(dice, int(tally.dice_slices[0]), tally.patients),
+        "auc": _estimate(auc(counts.counts), labelled, counts.patients),
+        "f1": _estimate(f1_rows, labelled, counts.patients),
+        "dice": _estimate(dice, int(counts.dice_slices[0]), counts.patients),
     }
 
 

@@ -7,6 +7,7 @@ Flower itself accepts NaN and broadcasts a wrong shape.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
-from shared.metrics import BINS, Tally
-from shared.site import TENSOR_GROUPS
+from shared.metrics import Tally
+from shared.rules import TENSOR_GROUPS
+from shared.tally import STEPS
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+MOST_COUNTED = 10_000_000  # slices or patients of one hospital
 # What numpy.load raises on a damaged file.
 UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError)
 # The numbers that a reply may have, and the largest of each; others are nobody's.
@@ -142,7 +145,9 @@ def shapes_of(arrays: Tensors) -> dict[str, tuple[int, ...]]:
 def tally_to_arrays(tally: Tally) -> dict[str, NDArray]:
     """Counts as arrays, as they are sent and kept."""
     return {
+        "edges": tally.edges.astype(np.int32),
         "counts": tally.counts.astype(np.int32),
+        "auc": np.array([tally.auc], dtype=np.float64),
         "dice_sum": tally.dice_sum.astype(np.float64),
         "dice_slices": tally.dice_slices.astype(np.int32),
         "patients": np.array([tally.patients], dtype=np.int32),
@@ -150,32 +155,48 @@ def tally_to_arrays(tally: Tally) -> dict[str, NDArray]:
 
 
 def tally_from_arrays(values: Mapping[str, NDArray], replicates: int) -> Tally:
-    """Counts from arrays.
+    """Counts from arrays, checked against themselves.
 
     Raises:
-      UpdateError: an array is missing, of another shape or dtype, negative or not finite.
+      UpdateError: an array is missing, of another shape or dtype, not finite, or its values cannot be counts of one test.
     """
-    expected = _tally_arrays(replicates)
+    edges = values.get("edges")
+    expected = _tally_arrays(replicates, len(edges) - 1 if isinstance(edges, np.ndarray) and edges.ndim == 1 else 0)
     _check_names(values, expected)
     for name, (dtype, shape) in expected.items():
         value = values[name]
         if value.shape != shape or value.dtype != dtype:
             raise UpdateError(f"tally {name}: {value.dtype} {value.shape}, expected {np.dtype(dtype).name} {shape}")
-        if not np.isfinite(value).all() or (value < 0).any():
-            raise UpdateError(f"tally {name}: expected finite values of at least 0")
+        if not np.isfinite(value).all() or (value < 0).any() or (value > MOST_COUNTED).any():
+            raise UpdateError(f"tally {name}: expected finite values from 0 to {MOST_COUNTED}")
+    dice_sum, dice_slices = values["dice_sum"], values["dice_slices"]
+    if edges[0] != 0 or edges[-1] != STEPS or (np.diff(edges) <= 0).any():
+        raise UpdateError(f"tally edges: expected rising steps from 0 to {STEPS}")
+    if values["auc"][0] > 1 or (dice_sum > dice_slices).any():
+        raise UpdateError("tally auc and dice_sum: expected an area of at most 1, and no Dice above 1")
     return Tally(
+        edges=edges.astype(np.int64),
         counts=values["counts"].astype(np.int64),
-        dice_sum=values["dice_sum"],
-        dice_slices=values["dice_slices"].astype(np.int64),
+        auc=float(values["auc"][0]),
+        dice_sum=dice_sum,
+        dice_slices=dice_slices.astype(np.int64),
         patients=int(values["patients"][0]),
     )
 
 
-def _tally_arrays(replicates: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """Return dtype and shape of each array of a tally."""
+def _tally_arrays(replicates: int, cells: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Return dtype and shape of each array of a tally of so many bootstrap samples and cells of scores.
+
+    Raises:
+      UpdateError: there cannot be so many cells.
+    """
+    if not 1 <= cells <= STEPS:
+        raise UpdateError(f"tally edges: of {cells} cells, expected 1 to {STEPS}")
     rows = replicates + 1
     return {
-        "counts": (np.int32, (rows, 2, BINS)),
+        "edges": (np.int32, (cells + 1,)),
+        "counts": (np.int32, (rows, 2, cells)),
+        "auc": (np.float64, (1,)),
         "dice_sum": (np.float64, (rows,)),
         "dice_slices": (np.int32, (rows,)),
         "patients": (np.int32, (1,)),
@@ -191,9 +212,14 @@ def _check_names(values: Mapping[str, object], expected: Mapping[str, object]) -
         )
 
 
+def arrays_to_record(values: Mapping[str, NDArray]) -> ArrayRecord:
+    """Arrays of a tally as a Flower record; they leave the hospital."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in values.items()})
+
+
 def tally_to_record(tally: Tally) -> ArrayRecord:
     """Counts as a Flower record; they leave the hospital."""
-    return ArrayRecord({name: Array(value) for name, value in tally_to_arrays(tally).items()})
+    return arrays_to_record(tally_to_arrays(tally))
 
 
 def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
@@ -202,7 +228,9 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
     Raises:
       UpdateError: an array is missing, of another shape or dtype, negative or not finite.
     """
-    expected = _tally_arrays(replicates)
+    told = record["edges"].shape if "edges" in record else ()
+    cells = told[0] - 1 if len(told) == 1 and isinstance(told[0], int) else 0
+    expected = _tally_arrays(replicates, cells)
     _check_names(record, expected)
     arrays = {name: _decoded(record[name], f"tally {name}", *of) for name, of in expected.items()}
     return tally_from_arrays(arrays, replicates)
@@ -211,3 +239,17 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
 def groups_shared(share: str) -> tuple[str, ...]:
     """Tensor groups that travel in a round, for federation.share "encoder" or "all"."""
     return ("encoder",) if share == "encoder" else TENSOR_GROUPS
+
+
+def tested_hash(encoder: Tensors, sets: list[Tensors]) -> str:
+    """SHA-256 of a model that is tested: of an encoder and of its sets of heads; two times 64 hexadecimal digits with '/' between, one without heads."""
+
+    def digest(*parts: Tensors) -> str:
+        whole = hashlib.sha256()
+        for tensors in parts:
+            for name in sorted(tensors):
+                value = np.ascontiguousarray(tensors[name], dtype="<f4")
+                whole.update(f"{name} {value.shape}".encode() + b"\0" + value.tobytes())
+        return whole.hexdigest()
+
+    return digest(encoder) + ("/" + digest(*sets) if sets else "")

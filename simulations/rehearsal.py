@@ -17,9 +17,10 @@ import torch
 from server.checkpoint import load_checkpoint
 from server.results import evaluate_run
 from server.runs import read_config, read_rounds
-from shared.metrics import merge_tallies, summarise, tally_scores
+from shared.metrics import summarise
 from shared.site import Site, read_site
 from shared.slices import read_cache
+from shared.tally import pooled, tally_scores
 from simulations.federation import Federation, FederationError, federate
 from simulations.measures import Voter, score
 from simulations.training import train
@@ -74,7 +75,7 @@ def rehearse(folder: Path, files: list[Path], config: dict[str, object], say: Ca
         _run_with_outages(federation, config, say)
         run = federation.run_folder(RUN)
         say(federation.status().strip())
-    page, summary = evaluate_run(run, held_out, say)
+    page, summary = evaluate_run(run, held_out, say, repeats=True)
     say("the same training in a loop, without Flower")
     torch.set_num_threads(1)  # as the hospitals' processes, for the same bits
     parsed = read_config(run)
@@ -120,5 +121,5 @@ def _auc(voter: Voter, sites: list[Site], run: Path) -> float:
     tallies = []
     for site in sites:
         cache = read_cache(site.cache)
-        tallies.append(tally_scores(score([voter], cache, cache.rows(), config), 0, rng))
-    return float(summarise(merge_tallies(tallies), None)["auc"].value)
+        tallies.append(tally_scores(score([voter], cache, cache.rows(), config), site.policy.min_patients, 0, rng))
+    return float(summarise(pooled(tallies), None)["auc"].value)

@@ -107,7 +107,7 @@ def demo(
         console.rule("evaluation on hospitals that never trained")
         folder = runs.absolute() / config["run"]["id"]
         held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
-        page, summary = evaluate_run(folder, held_out, lambda line: console.print(line, highlight=False))
+        page, summary = evaluate_run(folder, held_out, lambda line: console.print(line, highlight=False), repeats=True)
     except (SimulationError, IngestError, *ERRORS) as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error

@@ -26,7 +26,7 @@ from simulations.patient import sample_patient
 from simulations.phantom import render_slice, with_feature
 
 MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
-VERSION = 9  # of what is written; a folder of another version is written anew
+VERSION = 10  # of what is written; a folder of another version is written anew
 
 
 def write_hospitals(
@@ -108,7 +108,12 @@ def _write_tables(folder: Path, hospital: Hospital, seed: int, labels: list[tupl
         "data": {"images": "dicom/", "masks": "masks/", "labels": "labels.csv"},
         "cache": "cache/",
         "role": hospital.role,
-        "policy": {"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 5},
+        "policy": {
+            "release": ["encoder", "cls", "seg", "rec"],
+            "metrics": True,
+            "min_patients": 5,
+            "evaluations_per_month": None,  # a researcher runs as many as there are questions
+        },
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(site, sort_keys=False))
     (folder / "state").mkdir(exist_ok=True)

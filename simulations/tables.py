@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.metrics import Tally, auc, best_threshold, f1, merge_tallies, tally_scores
+from shared.metrics import Counts, auc, best_threshold, count_scores, f1, merge_counts
 from simulations.consortia import consortium
 from simulations.experiments import FOLDER, ROOT, Arm, Experiment, Job, all_experiments, jobs
 from simulations.hospitals import Hospital
@@ -70,10 +70,10 @@ def _metrics(content: str, validation: str, seed: int) -> dict[str, Rows]:
     return metrics
 
 
-def _tally(content: str, seed: int, replicates: int) -> Tally:
+def _tally(content: str, seed: int, replicates: int) -> Counts:
     """Counts of hospitals together; the same draws of each one's patients for every arm."""
-    return merge_tallies(
-        tally_scores(scores_from_json(one), replicates, np.random.default_rng([zlib.crc32(name.encode()), seed]))
+    return merge_counts(
+        count_scores(scores_from_json(one), replicates, np.random.default_rng([zlib.crc32(name.encode()), seed]))
         for name, one in json.loads(content).items()
     )
 

@@ -28,7 +28,8 @@ from shared.enrol import (
     read_letter,
     write_letter,
 )
-from shared.site import Policy, SiteError, read_site
+from shared.rules import Policy
+from shared.site import SiteError, read_site
 from tests.centres import invitation_file, make_centre
 from tests.small_sites import contents, make_site
 

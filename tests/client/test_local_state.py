@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.train import (
-    LocalState,
-    TrainError,
-)
+from client.local_state import LocalState
+from client.train import TrainError
 from shared.config import RunConfig
 from shared.slices import SliceCache
 from tests.training import changed, equal, fresh, train_one_round, trained

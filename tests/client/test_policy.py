@@ -21,8 +21,11 @@ from client.policy import (
     within_hours,
 )
 from shared.config import parse_config
-from shared.metrics import Scores, tally_scores
-from shared.site import Bound, Policy, Site
+from shared.metrics import Scores
+from shared.refusals import TEXTS, Refusal
+from shared.rules import Bound, Policy
+from shared.site import Site
+from shared.tally import tally_scores
 from shared.wire import tally_to_record, to_record
 
 
@@ -39,7 +42,7 @@ def update(*names: str) -> ArrayRecord:
 def tally(patients: int) -> ArrayRecord:
     count = max(patients, 1)
     scores = Scores(np.zeros(count), np.zeros(count), np.ones(count), np.array([str(n) for n in range(count)]))
-    return tally_to_record(tally_scores(scores, 0, np.random.default_rng(0)))
+    return tally_to_record(tally_scores(scores, 1, 0, np.random.default_rng(0)))
 
 
 def reply(**records: object) -> RecordDict:
@@ -185,10 +188,10 @@ NOON = datetime(2026, 3, 1, 12)
 def test_a_run_is_admitted_within_bounds(bound: Bound, epochs: int, passes: bool) -> None:
     config, asked = parse_config({"train.epochs": epochs}), site(accept=(("train.epochs", bound),))
     if passes:
-        admit(asked, config, True, NOON)
+        admit(asked, config, NOON)
     else:
         with pytest.raises(PolicyError, match=rf"train.epochs = {epochs}: its policy.accept takes"):
-            admit(asked, config, True, NOON)
+            admit(asked, config, NOON)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +209,9 @@ def test_hours_may_span_midnight(start: time, end: time, now: time, within: bool
     assert within_hours((start, end), datetime.combine(NOON, now)) is within
 
 
-def test_hours_hold_for_training_only() -> None:
+def test_hours_hold_for_every_kind_of_work() -> None:
     asleep = site(hours=(time(19), time(6, 30)))
-    admit(asleep, parse_config({}), False, NOON)
-    with pytest.raises(PolicyError, match=r"between 19:00 and 06:30 .* it is 12:00 there"):
-        admit(asleep, parse_config({}), True, NOON)
+    with pytest.raises(PolicyError, match=r"between 19:00 and 06:30 .* it is 12:00") as caught:
+        admit(asleep, parse_config({}), NOON)
+    assert caught.value.code == Refusal.HOURS
+    assert not any(digit in TEXTS[Refusal.HOURS] for digit in "0123456789")

@@ -52,7 +52,9 @@ def test_a_folder_that_is_no_centre_is_refused_with_the_next_step(tmp_path: Path
 @pytest.mark.parametrize("content", [b'host = "a', b"port = 443\n", b'host = "a"\nhosts = 2\n', b'host = "\xff"\n'])
 def test_a_damaged_config_is_named(centre: Centre, content: bytes) -> None:
     (centre.folder / "centre.toml").write_bytes(content)
-    with pytest.raises(CentreError, match=r"centre\.toml: .*; expected host, largest_reply_mb, listen, loopback_port, port"):
+    with pytest.raises(
+        CentreError, match=r"centre\.toml: .*; expected host, largest_reply_mb, listen, loopback_port, port"
+    ):
         read_centre(centre.folder)
 
 

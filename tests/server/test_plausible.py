@@ -9,7 +9,8 @@ import pytest
 
 from server.plausible import check_counts, check_metrics, check_tally
 from server.weights import MOST, site_weights
-from shared.metrics import Scores, Tally, tally_scores
+from shared.metrics import Scores, Tally
+from shared.tally import tally_scores
 from shared.wire import UpdateError
 
 COUNTS = {"patients": 20, "slices": 60, "positives": 30}
@@ -20,7 +21,7 @@ def honest(replicates: int = 50) -> Tally:
     label = (np.arange(60) % 2).astype(float)
     patient = np.array([f"p{n // 3}" for n in range(60)])
     dice = np.where(np.arange(60) % 4, draw.random(60), np.nan)
-    return tally_scores(Scores(draw.normal(size=60), label, dice, patient), replicates, draw)
+    return tally_scores(Scores(draw.normal(size=60), label, dice, patient), 5, replicates, draw)
 
 
 def changed(row: int, place: tuple[int, int], value: int) -> Tally:
@@ -45,8 +46,8 @@ def test_what_an_honest_hospital_counts_is_taken_whatever_it_withholds() -> None
         (replace(honest(), dice_sum=np.full(51, 4.6e297)), "a sum of Dice that is larger"),
         (replace(honest(), dice_sum=honest().dice_slices + 0.01), "a sum of Dice that is larger"),
         (replace(honest(), dice_slices=honest().dice_slices * 100), "slices, and at 'hello' it had 60"),
-        (changed(0, (1, 500), 31), "slices, and at 'hello' it had 60"),
-        (changed(7, (1, 0), 1), "a bootstrap sample with scores that no patient has"),
+        (changed(0, (1, 0), 61), "slices, and at 'hello' it had 60"),
+        (changed(7, (1, 0), 10**4), "a bootstrap sample with scores that no patient has"),
         (changed(7, (1, int(honest().counts[0, 1].argmax())), 10**6), "a bootstrap sample with scores that no"),
         (replace(honest(), dice_slices=honest().dice_slices + np.eye(51, dtype=int)[9] * 10**6), "with masks that no"),
     ],

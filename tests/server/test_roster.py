@@ -11,6 +11,7 @@ from server import roster
 from server.roster import QuorumError, Session, gather, receive
 from server.strategy import repeat_round
 from shared.config import FederationSettings
+from shared.refusals import TEXTS, Refusal
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid
 from tests.rounds import NAMES, beginning
@@ -142,7 +143,7 @@ def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: S
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
     session = Session(grid, FederationSettings(quorum=1), two.root)
     assert [m.site for m in gather(session)] == ["hospital-01"]
-    assert "hemafed-client ingest" in session.roster.refused[2]
+    assert TEXTS[Refusal.SITE] in session.roster.refused[2]
 
 
 class Garbled(LoopbackGrid):

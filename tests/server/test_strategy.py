@@ -13,6 +13,7 @@ from client.train import train_round as train_locally
 from server.roster import QuorumError, Session, gather
 from server.strategy import build_strategy, repeat_round, train_round
 from shared.config import FederationSettings, parse_config
+from shared.refusals import TEXTS, Refusal
 from shared.scoring import build_model
 from shared.wire import to_arrays
 from tests.conftest import SmallHospitals, edit_site, small_config
@@ -274,6 +275,6 @@ def test_sharing_all_is_refused_by_a_hospital_that_releases_the_encoder_only(two
     arrays = to_arrays(build_model(config.model, 0).state_dict(), ("encoder", "cls", "seg", "rec"))
     session = Session(grid, config.federation, two.root)
     result = train_round(session, build_strategy(config.federation), gather(session), arrays, 1)
-    assert "does not release tensor group" in result.refused["hospital-02"]
+    assert result.refused["hospital-02"] == TEXTS[Refusal.GROUP]
     assert "policy.release" in result.refused["hospital-02"]
     assert torch.is_tensor(torch.from_numpy(result.arrays["cls.weight"]))

@@ -6,17 +6,17 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from shared.metrics import (
     BINS,
+    Counts,
     Estimate,
     MetricsError,
     Scores,
-    Tally,
     auc,
     best_threshold,
+    count_scores,
     f1,
-    merge_tallies,
+    merge_counts,
     roc_points,
     summarise,
-    tally_scores,
 )
 
 
@@ -50,7 +50,7 @@ def test_where_scores_are_counted() -> None:
     logit = np.array([0.0, 0.019, 0.021, -50.0, 50.0, -0.001, 3.0])
     label = np.array([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, np.nan])
     nothing = np.full(7, np.nan)
-    tally = tally_scores(Scores(logit, label, nothing, np.array(["a"] * 7)), 0, rng())
+    tally = count_scores(Scores(logit, label, nothing, np.array(["a"] * 7)), 0, rng())
     # 1000 bins of 0.02 from -10: logit 0 opens bin 500, what lies outside falls into the end bins.
     expected = np.zeros((1, 2, BINS), int)
     expected[0, 1, [500, 999]] = [2, 1]
@@ -62,12 +62,12 @@ def test_where_scores_are_counted() -> None:
 def test_a_score_that_is_no_number_is_refused() -> None:
     scores = Scores(np.array([0.0, np.nan]), np.array([1.0, 0.0]), np.full(2, np.nan), np.array(["a", "b"]))
     with pytest.raises(MetricsError):
-        tally_scores(scores, 0, rng())
+        count_scores(scores, 0, rng())
 
 
 @pytest.mark.parametrize(("seed", "spread"), [(0, 1.0), (1, 0.2), (2, 0.05), (3, 8.0)])
 def test_auc_and_f1_are_scikit_learns(seed: int, spread: float) -> None:
-    tally = tally_scores(made_scores(seed, spread=spread), 5, rng(seed))
+    tally = count_scores(made_scores(seed, spread=spread), 5, rng(seed))
     for row in range(6):
         label, bins = expand(tally.counts[row])
         assert len(np.unique(bins)) < len(bins)  # there are ties
@@ -82,7 +82,7 @@ def test_bins_cost_less_than_a_thousandth_of_auc(seed: int) -> None:
     scores = made_scores(seed)
     known = ~np.isnan(scores.label)
     exact = roc_auc_score(scores.label[known], scores.logit[known])
-    assert auc(tally_scores(scores, 0, rng()).counts)[0] == pytest.approx(exact, abs=1e-3)
+    assert auc(count_scores(scores, 0, rng()).counts)[0] == pytest.approx(exact, abs=1e-3)
 
 
 def test_auc_by_hand() -> None:
@@ -116,8 +116,8 @@ def test_two_hospitals_together() -> None:
         np.concatenate([one.dice, two.dice]),
         np.concatenate([np.char.add("a/", one.patient), np.char.add("b/", two.patient)]),
     )
-    merged = merge_tallies([tally_scores(one, 20, rng(0)), tally_scores(two, 20, rng(1))])
-    expected = tally_scores(both, 20, rng(2))
+    merged = merge_counts([count_scores(one, 20, rng(0)), count_scores(two, 20, rng(1))])
+    expected = count_scores(both, 20, rng(2))
     assert np.array_equal(merged.counts[0], expected.counts[0])
     assert merged.dice_sum[0] == pytest.approx(expected.dice_sum[0])
     assert merged.dice_slices[0] == expected.dice_slices[0]
@@ -127,22 +127,22 @@ def test_two_hospitals_together() -> None:
 
 def test_tallies_that_cannot_be_merged() -> None:
     with pytest.raises(MetricsError, match="at least one"):
-        merge_tallies([])
+        merge_counts([])
     with pytest.raises(MetricsError, match=r"evaluation\.replicates"):
-        merge_tallies([tally_scores(made_scores(0), 10, rng()), tally_scores(made_scores(0), 20, rng())])
+        merge_counts([count_scores(made_scores(0), 10, rng()), count_scores(made_scores(0), 20, rng())])
 
 
 def test_a_hospital_without_slices_can_be_merged() -> None:
     nobody = Scores(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.str_))
-    empty, other = tally_scores(nobody, 10, rng()), tally_scores(made_scores(0), 10, rng())
-    merged = merge_tallies([empty, other])
+    empty, other = count_scores(nobody, 10, rng()), count_scores(made_scores(0), 10, rng())
+    merged = merge_counts([empty, other])
     assert empty.patients == 0
     assert np.array_equal(merged.counts, other.counts)
     assert np.array_equal(merged.dice_sum, other.dice_sum)
 
 
 def test_one_patient_is_drawn_again_and_again() -> None:
-    tally = tally_scores(made_scores(0, patients=1), 50, rng())
+    tally = count_scores(made_scores(0, patients=1), 50, rng())
     assert (tally.counts == tally.counts[0]).all()
     np.testing.assert_allclose(tally.dice_sum, tally.dice_sum[0])
     assert (tally.dice_slices == tally.dice_slices[0]).all()
@@ -150,7 +150,7 @@ def test_one_patient_is_drawn_again_and_again() -> None:
 
 def test_more_slices_of_the_same_patients_make_no_interval_narrower() -> None:
     scores = made_scores(0, slices=40, patients=40)
-    once, often = tally_scores(scores, 200, rng(7)), tally_scores(repeated(scores, 25), 200, rng(7))
+    once, often = count_scores(scores, 200, rng(7)), count_scores(repeated(scores, 25), 200, rng(7))
     assert np.array_equal(often.counts, once.counts * 25)
     np.testing.assert_allclose(often.dice_sum, once.dice_sum * 25)
     np.testing.assert_allclose(auc(often.counts), auc(once.counts))
@@ -159,7 +159,7 @@ def test_more_slices_of_the_same_patients_make_no_interval_narrower() -> None:
 def test_two_patients_are_two_patients_however_many_slices() -> None:
     n = 500
     dice = np.repeat([0.0, 1.0], n)
-    tally = tally_scores(Scores(np.zeros(2 * n), np.full(2 * n, np.nan), dice, np.repeat(["a", "b"], n)), 200, rng())
+    tally = count_scores(Scores(np.zeros(2 * n), np.full(2 * n, np.nan), dice, np.repeat(["a", "b"], n)), 200, rng())
     estimate = summarise(tally, 200)["dice"]
     assert estimate == Estimate(0.5, 0.0, 1.0, n_slices=1000, n_patients=2)
     assert set((tally.dice_sum / tally.dice_slices).tolist()) == {0.0, 0.5, 1.0}
@@ -168,13 +168,13 @@ def test_two_patients_are_two_patients_however_many_slices() -> None:
 def test_each_bootstrap_sample_has_as_many_patients() -> None:
     scores = made_scores(0, slices=30, patients=30)
     alone = Scores(scores.logit, np.ones(30), scores.dice, np.arange(30).astype(str))
-    tally = tally_scores(alone, 100, rng())
+    tally = count_scores(alone, 100, rng())
     assert (tally.counts.sum((1, 2)) == 30).all()
     assert len(np.unique(tally.counts[1:].max((1, 2)))) > 1
 
 
 def test_the_draw_repeats() -> None:
-    first, again, other = (tally_scores(made_scores(0), 10, rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (count_scores(made_scores(0), 10, rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first.counts, again.counts)
     assert not np.array_equal(first.counts[1:], other.counts[1:])
 
@@ -184,7 +184,7 @@ def test_mean_dice_leaves_out_slices_without_mask() -> None:
     scores = Scores(
         np.zeros(5), np.array([np.nan, np.nan, 1.0, 0.0, np.nan]), dice, np.array(["a", "a", "a", "b", "c"])
     )
-    tally = tally_scores(scores, 0, rng())
+    tally = count_scores(scores, 0, rng())
     # (0.2 + 0.6 + 1.0) / 3; patient c has neither label nor mask.
     assert summarise(tally, 200)["dice"] == Estimate(pytest.approx(0.6), None, None, n_slices=3, n_patients=2)
     assert summarise(tally, 200)["auc"].n_slices == 2
@@ -192,7 +192,7 @@ def test_mean_dice_leaves_out_slices_without_mask() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_threshold_is_that_of_brute_force(seed: int) -> None:
-    counts = tally_scores(made_scores(seed), 0, rng()).counts[0]
+    counts = count_scores(made_scores(seed), 0, rng()).counts[0]
     label, bins = expand(counts)
     values = []
     for threshold in range(BINS):
@@ -216,7 +216,7 @@ def test_no_threshold_without_positives() -> None:
 
 
 def test_the_curve_encloses_the_auc() -> None:
-    counts = tally_scores(made_scores(0), 0, rng()).counts[0]
+    counts = count_scores(made_scores(0), 0, rng()).counts[0]
     false_positive, true_positive = roc_points(counts)
     assert (false_positive[0], true_positive[0], false_positive[-1], true_positive[-1]) == (0, 0, 1, 1)
     area = ((true_positive[1:] + true_positive[:-1]) / 2 * np.diff(false_positive)).sum()
@@ -225,7 +225,7 @@ def test_the_curve_encloses_the_auc() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_hold_their_value(seed: int) -> None:
-    tally = tally_scores(made_scores(seed, patients=60), 400, rng(seed))
+    tally = count_scores(made_scores(seed, patients=60), 400, rng(seed))
     for name, estimate in summarise(tally, best_threshold(tally.counts[0])).items():
         assert 0 <= estimate.low < estimate.value < estimate.high <= 1, name
         assert estimate.high - estimate.low < 0.25, name
@@ -234,7 +234,7 @@ def test_intervals_hold_their_value(seed: int) -> None:
 
 def test_the_interval_is_the_middle_of_the_bootstrap() -> None:
     dice = np.concatenate([[0.5], np.arange(101) / 100])
-    tally = Tally(np.zeros((102, 2, BINS), int), dice * 4, np.full(102, 4), 9)
+    tally = Counts(np.zeros((102, 2, BINS), int), dice * 4, np.full(102, 4), 9)
     # 2.5th and 97.5th percentile of 0, 0.01, ... 1; row 0 is not among them.
     assert summarise(tally, 200)["dice"] == Estimate(0.5, pytest.approx(0.025), pytest.approx(0.975), 4, 9)
 
@@ -243,12 +243,12 @@ def test_samples_without_a_positive_are_left_out_of_the_interval() -> None:
     counts = np.zeros((4, 2, BINS), int)
     counts[:, 0, 100] = 3
     counts[[0, 1, 3], 1, 300] = 1
-    estimate = summarise(Tally(counts, np.zeros(4), np.zeros(4, int), 4), 200)["auc"]
+    estimate = summarise(Counts(counts, np.zeros(4), np.zeros(4, int), 4), 200)["auc"]
     assert estimate == Estimate(1.0, 1.0, 1.0, n_slices=4, n_patients=4)
 
 
 def test_what_is_not_defined_is_none() -> None:
     slices = 6
     scores = Scores(np.arange(6.0), np.zeros(slices), np.full(slices, np.nan), np.array(list("abcdef")))
-    for estimate in summarise(tally_scores(scores, 20, rng()), 200).values():
+    for estimate in summarise(count_scores(scores, 20, rng()), 200).values():
         assert (estimate.value, estimate.low, estimate.high) == (None, None, None)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.site import ACCEPT, Bound, Policy, SiteError, read_site
+from shared.rules import ACCEPT, Bound, Policy
+from shared.site import SiteError, read_site
 
 
 def content(**changes: object) -> dict[str, object]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from shared.metrics import BINS, Tally
+from shared.metrics import Tally
 from shared.model import VARIANTS, MultiTaskSwin
+from shared.tally import STEPS
 from shared.wire import (
     UpdateError,
     from_record,
@@ -48,7 +49,8 @@ def claiming(
 def small_tally(replicates: int = 4) -> Tally:
     draw = np.random.default_rng(0)
     rows = replicates + 1
-    return Tally(draw.integers(0, 9, (rows, 2, BINS)), draw.random(rows) * 5, draw.integers(5, 9, rows), 12)
+    edges, counts = np.array([0, 4, 9, STEPS]), draw.integers(0, 9, (rows, 2, 3))
+    return Tally(edges, counts, 0.75, draw.random(rows) * 5, draw.integers(5, 9, rows), 12)
 
 
 def test_a_record_brings_every_bit() -> None:
@@ -161,6 +163,8 @@ def test_a_tally_arrives_as_it_was() -> None:
     tally = small_tally()
     received = tally_from_record(tally_to_record(tally), replicates=4)
     assert np.array_equal(received.counts, tally.counts)
+    assert np.array_equal(received.edges, tally.edges)
+    assert received.auc == 0.75
     assert np.array_equal(received.dice_sum, tally.dice_sum)
     assert np.array_equal(received.dice_slices, tally.dice_slices)
     assert received.patients == 12
@@ -170,14 +174,23 @@ def test_a_tally_arrives_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("counts", np.full((5, 2, BINS), -1, np.int32), "tally counts: expected finite values of at least 0"),
-        ("counts", np.zeros((5, 2, BINS), np.int64), "tally counts: int64"),
-        ("counts", np.zeros((4, 2, BINS), np.int32), "tally counts: int32 .4, 2, 1000., expected int32 .5, 2, 1000."),
+        ("counts", np.full((5, 2, 3), -1, np.int32), "tally counts: expected finite values from 0 to 10000000"),
+        ("counts", np.full((5, 2, 3), 2_000_000_018, np.int32), "tally counts: expected finite values from 0"),
+        ("counts", np.zeros((5, 2, 3), np.int64), "tally counts: int64"),
+        ("counts", np.zeros((4, 2, 3), np.int32), "tally counts: int32 .4, 2, 3., expected int32 .5, 2, 3."),
+        ("edges", np.array([0, 9, 4, STEPS], np.int32), "tally edges: expected rising steps from 0 to 32"),
+        ("edges", np.array([0, 4, 9, STEPS + 1], np.int32), "tally edges: expected rising steps"),
+        ("edges", np.array([1, 4, 9, STEPS], np.int32), "tally edges: expected rising steps"),
+        ("edges", np.array([0, STEPS], np.int32), "tally counts: int32 .5, 2, 3., expected int32 .5, 2, 1."),
+        ("edges", np.array(7, np.int32), "tally edges"),
+        ("auc", np.array([1.5]), "expected an area of at most 1"),
+        ("dice_sum", np.full(5, 4.6e6), "no Dice above 1"),
+        ("dice_sum", np.full(5, 4.6e297), "tally dice_sum: expected finite values from 0"),
         ("dice_sum", np.full(5, np.nan), "tally dice_sum: expected finite"),
         ("dice_sum", np.full(5, np.inf), "tally dice_sum: expected finite"),
         ("dice_sum", np.zeros(6), r"tally dice_sum: float64 \(6,\), expected float64 \(5,\)"),
         ("dice_slices", np.zeros((5, 1), np.int32), "tally dice_slices"),
-        ("patients", np.array([-1], np.int32), "tally patients: expected finite values of at least 0"),
+        ("patients", np.array([-1], np.int32), "tally patients: expected finite values from 0"),
     ],
 )
 def test_a_wrong_tally_is_named(name: str, value: np.ndarray, text: str) -> None:
@@ -188,7 +201,7 @@ def test_a_wrong_tally_is_named(name: str, value: np.ndarray, text: str) -> None
 
 
 def test_a_tally_of_other_replicates_is_refused() -> None:
-    with pytest.raises(UpdateError, match=r"expected int32 \(101, 2, 1000\)"):
+    with pytest.raises(UpdateError, match=r"expected int32 \(101, 2, 3\)"):
         tally_from_record(tally_to_record(small_tally()), replicates=100)
 
 
@@ -196,7 +209,8 @@ def test_a_tally_without_an_array_or_with_another_is_refused() -> None:
     record = tally_to_record(small_tally())
     del record["patients"]
     with pytest.raises(
-        UpdateError, match=r"lacks \(patients\) .* expected \['counts', 'dice_slices', 'dice_sum', 'patients'\]"
+        UpdateError,
+        match=r"lacks \(patients\) .* expected \['auc', 'counts', 'dice_slices', 'dice_sum', 'edges', 'patients'\]",
     ):
         tally_from_record(record, replicates=4)
     record = tally_to_record(small_tally())
