@@ -194,12 +194,13 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
         shutil.copy(ROOT / name, copy / name)
     theirs = copy / "client" / "train.py"
     theirs.write_text(theirs.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
-    keys = {"run": {"folder": str(tmp_path / "runs"), "id": "other"}, "federation": {"wait_s": 5.0, "quorum": 1}}
+    runs = federation.centre.runs  # there the run finds the centre's key for instructions
+    keys = {"run": {"folder": str(runs), "id": "other"}, "federation": {"wait_s": 5.0, "quorum": 1}}
     (tmp_path / "keys.toml").write_text(tomli_w.dumps(keys))
     federation.start("hospital-01")
     federation.wait_online(["hospital-01"])
     flwr(federation.centre, "run", str(copy), CONNECTION, "--run-config", str(tmp_path / "keys.toml"))
-    run = tmp_path / "runs" / "other"
+    run = runs / "other"
     federation.wait_for(lambda: read_status(run).get("state") == "failed", 240, "the end of the other run")
     assert "site 'hospital-01' runs only the code that it installed" in read_status(run)["error"]
     federation.stop("hospital-01")
