@@ -24,7 +24,8 @@ from pydicom.uid import UID
 from client.crew import Crew
 from client.dicom import Fault
 from client.hounsfield import BINS
-from client.labels import LabelError, splits_of
+from client.label_table import LabelError
+from client.labels import splits_of
 from client.reading import Part
 from client.scan import denied_text, walk
 from client.series import Choice, CtSeries, describe, sharpness

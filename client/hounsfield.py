@@ -53,6 +53,12 @@ def implausible(counts: NDArray[np.int64]) -> str | None:
     )
 
 
+def without_air(counts: NDArray[np.int64]) -> bool:
+    """Whether hardly a pixel is near air's -1000: what a wrong rescale does to some slices of a series."""
+    measured = counts[_bin(PADDED_BELOW_HU) :].sum()
+    return bool(_count(counts, AIR_RANGE_HU) < LEAST_AIR * max(1, measured))
+
+
 def _bin(hu: float) -> int:
     return int((hu - LOW_HU) // BIN_HU)
 

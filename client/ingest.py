@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 
 from client.crew import Crew
 from client.dicom import Fault, pseudonym
-from client.labels import SPLIT_SHARES, LabelError, splits_of, table_digest
+from client.label_table import LabelError, table_digest
+from client.labels import SPLIT_SHARES, splits_of
 from client.records import append_records, read_records, write_records
 from client.scan import READER_VERSION, FoundFile, denied_text, manifest_of, walk
 from client.store import (

@@ -17,10 +17,10 @@ from pathlib import Path
 from client.crew import ENDED_ITS_READER, Crew
 from client.dicom import DicomError, Fault, pseudonym, read_dicom
 from client.images import CtSlice, images_of
-from client.masks import MaskFile, dicom_mask, is_mask, is_picture, picture_mask
+from client.masks import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask
 from shared.site import Site
 
-READER_VERSION = 1  # of what is read from a file; records of another version are read again
+READER_VERSION = 2  # of what is read from a file; records of another version are read again
 _CHUNK = 64  # files per job
 
 
@@ -211,6 +211,10 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
             raise DicomError("an empty file")
         if is_picture(found.path, head):
             return Record(mask=picture_mask(found.path, head, key, found.code))
+        if head[128:] != b"DICM" and other_format(found.path):
+            raise DicomError(
+                f"a {other_format(found.path)} file, which is not read; save the mask as DICOM SEG or NIfTI"
+            )
         dicom = read_dicom(found.path)
         if is_mask(dicom) or found.place == "masks":
             return Record(mask=dicom_mask(dicom, found.path, key, found.code))
@@ -219,8 +223,8 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
         return Record(fault=str(error))
     except OSError as error:
         return Record(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
-    except Exception as error:  # one bad file never stops a hospital's ingest
-        return Record(fault=f"cannot be read ({type(error).__name__})")
+    except Exception:  # one bad file never stops a hospital's ingest
+        return Record(fault="damaged: its content cannot be read; export the file again")
 
 
 def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | None) -> Scan:

@@ -8,7 +8,8 @@ import pytest
 
 from client.dicom import pseudonym
 from client.ingest import IngestError, ingest
-from client.labels import SPLIT_SHARES, LabelError, annotated_series, assign_splits, read_labels, splits_of
+from client.label_table import LabelError, read_labels
+from client.labels import SPLIT_SHARES, annotated_series, assign_splits, splits_of
 from shared.site import SiteError, read_site
 from tests.small_sites import SERIES, index, ingested, make_site, patients, series_name, three, write_multi_frame
 

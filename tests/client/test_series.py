@@ -23,7 +23,9 @@ def read(folder: Path) -> list[CtSlice]:
 
 
 def built(folder: Path) -> tuple[list[CtSeries], list[Fault]]:
-    return build_series(read(folder))
+    series, refused, faults = build_series(read(folder))
+    assert {f"series {one.name}" for one in refused} == {f.what for f in faults if f.what.startswith("series ")}
+    return series, faults
 
 
 def series_name(uid: str) -> str:
