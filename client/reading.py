@@ -112,8 +112,10 @@ def read_part(job: SeriesJob) -> Part:
     """Read, check and resample one series; what cannot be used of it is told in the part's faults."""
     try:
         return _read_part(job)
-    except Exception:  # one bad series never stops a hospital's ingest
-        what = Fault(f"series {job.series.name}", "damaged: its images or masks cannot be read; export it again")
+    except Exception as error:  # one bad series never stops a hospital's ingest
+        full = "too large for this machine's memory; use fewer processes (--workers 1), or export it in parts"
+        damaged = "damaged: its images or masks cannot be read; export it again"
+        what = Fault(f"series {job.series.name}", full if isinstance(error, MemoryError) else damaged)
         return Part.empty(job.series.name, job.series.slices[0].patient, (what,))
 
 
@@ -245,6 +247,16 @@ def _read(one: CtSlice, faults: list[Fault]) -> NDArray[np.float32] | None:
     except DicomError as error:
         faults.append(Fault(image_name(one), str(error)))
         return None
+
+
+def middle_slice(series: CtSeries) -> NDArray[np.int16] | None:
+    """A series' middle slice on the cache's grid, whatever its values, to be looked at; None if it cannot be read."""
+    one = series.slices[len(series.slices) // 2]
+    try:
+        hu_YX = clamp_hu(read_hu(one))
+    except DicomError:
+        return None
+    return np.rint(resample(hu_YX, one, head_centre([(one, hu_YX)]), fill=AIR_HU)).astype(np.int16)
 
 
 def image_name(one: CtSlice) -> str:

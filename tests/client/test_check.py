@@ -108,7 +108,9 @@ def test_labels_that_match_nothing(copied_hospitals: SmallHospitals) -> None:
     edit_labels(site, lambda rows: rows[2].update(sop_uid="2.25.999"))
     result = run_check(copied_hospitals.files["hospital-01"])
     assert result.exit_code == 1
-    assert "problem: 1 lines of labels.csv match nothing; first, labels.csv line 4" in result.output
+    assert (
+        "problem: 1 lines of labels.csv match nothing: its sop_uid is no image of its series, or was left out; first, labels.csv line 4"
+    ) in result.output
 
 
 def test_a_label_table_that_cannot_be_read(copied_hospitals: SmallHospitals) -> None:
@@ -134,8 +136,9 @@ def test_one_patient_with_two_identifiers_in_two_splits(copied_hospitals: SmallH
             ds.save_as(path)
     found = look(site)
     assert not found.ready
-    (problem,) = found.problems
-    assert "3 pictures belong to several patients that are in different splits" in problem
+    bare, leak = found.problems
+    assert "24 of 54 slices have no mask" in bare
+    assert "3 pictures belong to several patients that are in different splits" in leak
 
 
 def test_one_patient_with_two_identifiers_before_splits_are_known(copied_hospitals: SmallHospitals) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.dicom import DicomError, Fault
+from client.dicom import DicomError
 from client.masks import match_masks, read_masks
 from client.scan import FoundFile, scan_file
 from tests.dicom_files import write_series
@@ -76,7 +76,10 @@ def test_numbers_of_a_label_map(tmp_path: Path, images: list[Path]) -> None:
     series, affine = series_of(*images), grid_of("LPS", (64, 64, 4), (1, 1, 5))
     labels = (truth() + 2 * np.roll(truth(), 20, axis=2)).transpose(2, 1, 0)
     path = nifti(tmp_path / "m.nii", labels, affine)
-    refused(path, series, r"2 segments \(1; 2\): expected one")
+    for segments in ((), ("Hematoma",)):
+        refused(
+            path, series, r"numbers 1, 2 and no names: .* name its number in site.yaml, as data.segment: 1", segments
+        )
     np.testing.assert_array_equal(volume(path, series, (1,)), truth())
     np.testing.assert_array_equal(volume(path, series, ("Hematoma", 1, 2)), truth() | np.roll(truth(), 20, axis=2))
     assert volume(path, series, (7,)).sum() == 0
@@ -123,7 +126,7 @@ def test_pngs_of_one_series_add_up(tmp_path: Path, images: list[Path]) -> None:
     [
         (np.zeros((32, 64), np.uint8), r"mask is \(32, 64\) pixels, its image \(64, 64\)"),
         (np.zeros((64, 64, 3), np.uint8), "mode RGB, expected one channel"),
-        (np.arange(64 * 64, dtype=np.uint8).reshape(64, 64), r"255 segments .* expected one"),
+        (np.arange(64 * 64, dtype=np.uint8).reshape(64, 64), r"numbers 1, 2, 3, 4, 5, 6, 7, 8 and no names"),
     ],
 )
 def test_a_png_that_is_no_mask(tmp_path: Path, images: list[Path], pixels: np.ndarray, match: str) -> None:

@@ -264,6 +264,8 @@ def test_a_header_that_ends_its_reader_is_the_only_one_left_out(
     (fault,) = found.faults
     assert fault.what == file_code(site, "images/7")
     expected = (
-        "cannot be read (RecursionError)" if mischief == "raises" else "ended its reader: damaged; export it again"
+        "damaged: its content cannot be read; export the file again"
+        if mischief == "raises"
+        else "ended its reader: damaged; export it again"
     )
     assert fault.reason == expected
