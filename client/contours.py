@@ -95,6 +95,7 @@ def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[s
             f"its region has no contours (ROIContourSequence); expected at least one: {_AGAIN}, or remove the file"
         )
     _check_space(ds, chosen, drawn, series, key)
+    _check_writer(ds, series)
     listed, _ = contour_references(ds)
     hashes = {pseudonym(key, "image", uid) for uid in listed}
     looked = {s.image for s in series.slices if hashes & {s.instance, *s.copies}}
@@ -111,6 +112,25 @@ def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[s
         )
     blind = {c.image.image for c in contours if c.lost and c.image} - taken.keys()
     return Drawn(_masks(usable, names), frozenset((looked | taken.keys()) - blind), total, taken, left)
+
+
+def _check_writer(ds: pydicom.Dataset, series: CtSeries) -> None:
+    """Refuse what rt-utils (1.2.7) writes wrongly: it takes a series for a straight, even grid and swaps oblong pixels' sides."""
+    if "rt-utils" not in f"{ds.get('Manufacturer', '')} {ds.get('ManufacturerModelName', '')}".lower():
+        return
+    gaps = np.diff([s.height_mm for s in series.slices])
+    down_mm, right_mm = series.slices[0].spacing_mm
+    wrong = {
+        "its slices are shifted against each other, as with a tilted gantry": series.sheared_mm > PLANE_TOLERANCE_MM,
+        "its slices are at uneven distances": len(gaps) > 1 and np.ptp(gaps) > PLANE_TOLERANCE_MM,
+        f"its pixels are oblong ({down_mm:g} x {right_mm:g} mm)": not np.isclose(down_mm, right_mm, rtol=1e-3),
+    }
+    reason = next((text for text, holds in wrong.items() if holds), "")
+    if reason:
+        raise DicomError(
+            f"written by rt-utils, which misplaces contours on this series: {reason}; save the mask as DICOM SEG with highdicom, or "
+            "slice by slice as SOPInstanceUID.png"
+        )
 
 
 def _regions(ds: pydicom.Dataset) -> dict[int, tuple[str, ...]]:

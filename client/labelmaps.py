@@ -17,11 +17,14 @@ from PIL import Image
 from client.dicom import DicomError
 from client.drawn import EMPTY_LAYER, NOWHERE, Drawn, OtherSegment, choose_segments
 from client.images import CtSlice
-from client.series import TILT_DEGREE, CtSeries
+from client.series import CtSeries
 
+SHEAR_MM = 0.5  # slices that are shifted against each other by more are no straight grid
 VOXEL_TOLERANCE = 0.1  # of a voxel, between a voxel's centre and its pixel's, at every corner of the picture
 _TO_PATIENT = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI counts x to the right and y to the front
 _AS_SEG = "save the mask as DICOM SEG (3D Slicer, dcmqi), which names its images"
+# What 3D Slicer and dcmqi write of a straightened volume is straightened too.
+_AS_SLICES = "save it slice by slice as SOPInstanceUID.png, or as DICOM SEG with highdicom or OHIF, which keep each slice's place"
 _WHITE = 255  # what pictures have where a label map has 1
 
 Grid = tuple[float, ...]  # shape (3), and the affine's first three rows (12) in the patient's axes
@@ -105,10 +108,10 @@ def misfit(grid: Grid, series: Sequence[CtSeries]) -> str:
     if fitting:
         return f"{found}; name it SeriesInstanceUID.nii.gz"
     layers = [one for one in series if len(one.slices) in grid[:3]]
-    if any(one.tilt_degree > TILT_DEGREE for one in layers):
-        return f"{found}: slices of a tilted gantry are no straight grid, and programs that write NIfTI straighten them; {_AS_SEG}"
+    if any(one.sheared_mm > SHEAR_MM for one in layers):
+        return f"{found}: slices of a tilted gantry are no straight grid, and programs that write NIfTI straighten them; {_AS_SLICES}"
     if any("uneven" in one.flags for one in layers):
-        return f"{found}: the distances of the slices are uneven, and a NIfTI's are even; {_AS_SEG}"
+        return f"{found}: the distances of the slices are uneven, and a NIfTI's are even; {_AS_SLICES}"
     return (
         f"{found}: {'x'.join(f'{n:.0f}' for n in grid[:3])} voxels; draw it on the series in data.images, or {_AS_SEG}"
     )

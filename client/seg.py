@@ -111,12 +111,18 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
         for segment, mask_YX in regions(stored_YX, wanted):
             found = masks.setdefault(segment, {})
             found[image.image] = found[image.image] | mask_YX if image.image in found else mask_YX
-    lost = next((reason for reason in left if reason != OTHER_SEGMENT), "")
-    if lost and not taken:
-        raise DicomError(
-            f"all {left[lost]} frames of its segment are left out: {lost}; is it a mask of another export?"
-        )
+    _check_lost(taken, left)
     return Drawn(masks, frozenset(looked - (blind - taken.keys())), len(groups), taken, left)
+
+
+def _check_lost(taken: Counter[str], left: Counter[str]) -> None:
+    """Refuse a mask of which nothing, or the smaller part, lies on the images: the rest is where it is by chance."""
+    lost = next((reason for reason in left if reason != OTHER_SEGMENT), "")
+    if (lost and not taken) or left[NOWHERE] > taken.total():
+        raise DicomError(
+            f"{left[lost]} of {left[lost] + taken.total()} frames of its segment are {lost}: is it a mask of another export, or of a "
+            "volume that a program straightened (tilted gantry, uneven distances)? draw it on the images themselves"
+        )
 
 
 def _by_instance(series: CtSeries) -> dict[str, list[CtSlice]]:
@@ -247,7 +253,10 @@ def _place(
     if away_mm > PLACE_TOLERANCE_MM:
         if not named:
             return image, NOWHERE
-        raise DicomError(f"a frame of the mask lies {away_mm:.1f} mm from its image, expected the same place")
+        raise DicomError(
+            f"a frame of the mask lies {away_mm:.1f} mm from its image, expected the same place; draw it on the images themselves, "
+            "not on a volume that a program straightened"
+        )
     measures = _numbers(group, shared, "PixelMeasuresSequence", "PixelSpacing", 2)
     along = _numbers(group, shared, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
     if not np.allclose(measures, image.spacing_mm, rtol=SPACING_TOLERANCE):

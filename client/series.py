@@ -54,6 +54,13 @@ class CtSeries:
         return float(np.median(np.diff(heights))) if len(heights) > 1 else 0.0
 
     @property
+    def sheared_mm(self) -> float:
+        """How far the slices are shifted against each other in their own plane, from the first to the last: a gantry's tilt."""
+        first, last = self.slices[0], self.slices[-1]
+        way = np.subtract(last.position_mm, first.position_mm)
+        return max(abs(float(way @ np.array(first.row_direction))), abs(float(way @ np.array(first.column_direction))))
+
+    @property
     def tilt_degree(self) -> float:
         """Angle between the slices' normal and the patient's axis, from the orientation."""
         normal = normal_of(self.slices[0].row_direction, self.slices[0].column_direction)
