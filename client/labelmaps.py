@@ -6,6 +6,7 @@ another grid is refused, never stretched. Stays in the hospital. Shape suffixes:
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def nifti_grid(path: Path) -> Grid:
       DicomError: no NIfTI, not three-dimensional, an affine that is none, or two that contradict each other.
     """
     try:
-        image = nibabel.load(path)
+        image = _load(path)
         shape, affine = image.shape, _TO_PATIENT @ np.asarray(image.affine, dtype=float)
     except Exception as error:  # nibabel and gzip raise many types
         raise DicomError("cannot be read as NIfTI: cut, damaged or of another format; save the mask again") from error
@@ -48,6 +49,14 @@ def nifti_grid(path: Path) -> Grid:
         raise DicomError(f"NIfTI whose affine is not invertible, expected one that places voxels in mm; {_AS_SEG}")
     _check_affines(image, shape)
     return (*map(float, shape[:3]), *map(float, affine[:3].ravel()))
+
+
+def _load(path: Path) -> nibabel.spatialimages.SpatialImage:
+    """A NIfTI; nibabel knows .nii.gz and .NII.GZ, and not .Nii.gz."""
+    if path.name.endswith((".nii", ".nii.gz", ".NII", ".NII.GZ", ".NII.gz")):
+        return nibabel.load(path)
+    data = path.read_bytes()
+    return nibabel.Nifti1Image.from_bytes(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
 
 
 def _check_affines(image: nibabel.spatialimages.SpatialImage, shape: tuple[int, ...]) -> None:
@@ -126,7 +135,7 @@ def read_nifti(path: Path, series: CtSeries, segments: Sequence[str | int]) -> D
         raise DicomError(
             f"{off} of {len(layers)} slices are no layer of the NIfTI's grid; expected the series' own grid: {_AS_SEG}"
         )
-    volume = np.asanyarray(nibabel.load(path).dataobj).reshape([int(n) for n in grid[:3]])
+    volume = np.asanyarray(_load(path).dataobj).reshape([int(n) for n in grid[:3]])
     chosen, name = _chosen(volume, segments)
     masks, used = {}, set()
     for image, (start, (right_axis, right_step), (down_axis, down_step)) in layers.items():

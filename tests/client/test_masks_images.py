@@ -7,12 +7,13 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import Dataset
 
 from client.dicom import DicomError
 from client.masks import match_masks, read_masks
 from client.scan import FoundFile, scan_file
 from tests.dicom_files import write_series
-from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume
+from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume, write_seg
 
 # NIfTI
 
@@ -150,3 +151,84 @@ def test_the_file_names_of_masks_and_their_uids_are_in_no_fault(tmp_path: Path, 
             faults += read.faults
         assert faults
         assert not any(text in str(faults) for text in ("Doe", "1.2.826", str(tmp_path)))
+
+
+def test_a_qform_against_the_sform_is_refused(tmp_path: Path, images: list[Path]) -> None:
+    """nibabel believes the sform, ITK the qform: one of them reads the mirror image."""
+    affine = grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    mirrored = grid_of("RPS", (64, 64, 4), (1, 1, 5))
+    image = nibabel.Nifti1Image(truth().transpose(2, 1, 0), affine)
+    image.header.set_qform(mirrored, 1)
+    image.header.set_sform(affine, 1)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    with pytest.raises(DicomError, match=r"qform and sform contradict each other by 63.0 voxels.*DICOM SEG"):
+        read_one(tmp_path / "m.nii.gz")
+    image.header.set_qform(affine, 1)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(volume(tmp_path / "m.nii.gz", series_of(*images)), truth())
+
+
+def test_a_nifti_without_qform_and_sform_is_refused(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(truth().transpose(2, 1, 0), None)
+    image.header.set_qform(None, 0)
+    image.header.set_sform(None, 0)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    with pytest.raises(DicomError, match="neither qform nor sform"):
+        read_one(tmp_path / "m.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["M.NII", "M.NII.GZ", "m.Nii.gz"])
+def test_suffixes_in_any_case(tmp_path: Path, images: list[Path], name: str) -> None:
+    args = truth().transpose(2, 1, 0), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    shutil.move(nifti(tmp_path / ("m.nii.gz" if name.lower().endswith("gz") else "m.nii"), *args), tmp_path / name)
+    np.testing.assert_array_equal(volume(tmp_path / name, series_of(*images)), truth())
+    shutil.move(png(tmp_path, "1.2.826.1.2", truth()[1]), tmp_path / "1.2.826.1.2.PNG")
+    assert masks_of(tmp_path / "1.2.826.1.2.PNG", series_of(*images))[0][1].any()
+
+
+def test_layers_beside_the_series_are_counted_and_missed_only_where_something_is_drawn(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    voxels, affine = np.zeros((64, 64, 7), np.uint8), grid_of("LPS", (64, 64, 7), (1, 1, 5))
+    voxels[..., :4] = truth().transpose(2, 1, 0)
+    voxels[5:9, 5:9, 5] = 1
+    path = nifti(tmp_path / "1.2.826.1.nii.gz", voxels, affine)
+    (series,) = series_of(*images)
+    read = read_masks([read_one(path)], series, KEY, ())
+    (tally,) = read.tallies
+    assert (tally.total, tally.taken, dict(tally.left)) == (
+        7,
+        4,
+        {"at a place where its series has no image": 1, "empty, at a place where its series has no image": 2},
+    )
+    assert [f.reason for f in read.faults] == ["1 of its 7 layers left out: at a place where its series has no image"]
+
+
+def test_white_where_another_number_is_named(tmp_path: Path, images: list[Path]) -> None:
+    """0 and 255 with data.segment 1 would be an empty mask."""
+    path = png(tmp_path, "1.2.826.1.2", truth()[1] * np.uint8(255))
+    refused(path, series_of(*images), r"black and white mask \(0 and 255\).* add 255 to data.segment", (1,))
+    assert masks_of(path, series_of(*images), (1, 255))[0][1].any()
+
+
+def test_two_label_maps_of_one_series(tmp_path: Path, images: list[Path]) -> None:
+    (series,), affine = series_of(*images), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    a, b = truth().transpose(2, 1, 0).copy(), truth().transpose(2, 1, 0).copy()
+    a[..., 0], b[..., 1:] = 0, 0
+    files = [read_one(nifti(tmp_path / f"{n}.nii.gz", one, affine)) for n, one in enumerate((a, b))]
+    read = read_masks(files, series, KEY, ())
+    np.testing.assert_array_equal(np.stack([read.masks[s.image] for s in series.slices]), truth())
+
+
+def test_masks_of_two_kinds_are_left_out_both(tmp_path: Path, images: list[Path], datasets: list[Dataset]) -> None:
+    paths = [write_seg(tmp_path / "seg", datasets, truth()), png(tmp_path, "1.2.826.1.2", truth()[1])]
+    matched, faults = match_masks([read_one(p) for p in paths], series_of(*images))
+    assert (matched, len(faults)) == ({}, 2)
+    assert all("in png and seg: which counts is not known" in f.reason for f in faults)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("m.nrrd", "NRRD"), ("m.seg.nrrd", "NRRD"), ("m.mha", "MetaImage")])
+def test_formats_that_are_not_read_are_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(b"NRRD0004\n" + bytes(200))
+    with pytest.raises(DicomError, match=f"a {kind} file, which is not read; save the mask as DICOM SEG or NIfTI"):
+        read_one(tmp_path / name)
