@@ -23,6 +23,8 @@ MISSED_SHARE = 0.1  # of patients, files or masks left out, from which on their 
 BARE_SHARE = 0.2  # of slices without a mask where others have one
 WHOLE_HEAD_SHARE = 0.4  # of the head's pixels in a mask: no hematoma is so large
 EDGE_SHARE = 0.3  # of the field's edge in tissue: a head's holder and table are less, a trunk is more
+# Said of images and series, and not why they are left out.
+_BESIDE = re.compile(r"^not chosen|of its mask lie in air|counted once")
 # Reasons for which files are rightly left out of an export of head CT: nobody misses them.
 _RIGHTLY = re.compile(
     r"a localizer|a hidden file|ImageType .*computed map|normal \[|Modality |.*expected CT Image Storage|SamplesPerPixel|"
@@ -40,8 +42,7 @@ def problems(found: Found) -> tuple[str, ...]:
 def _missed(found: Found) -> list[str]:
     """Patients and files that are left out, with the commonest reason."""
     if not found.used:
-        reason = commonest(f for f in found.faults if not f.reason.startswith("not chosen")) or "there are no files"
-        return [f"no slice can be used: {reason}"]
+        return [f"no slice can be used: {_cause(found) or 'there are no files in data.images'}"]
     problems = []
     patients = {image.patient for image in found.survey.scan.images}
     gone = patients - {part.patient for part in found.used}
@@ -70,6 +71,14 @@ def _missed(found: Found) -> list[str]:
     if len(dropped) > MISSED_SHARE * images:
         problems.append(f"{len(dropped)} of {images} images are left out of their series: {commonest(dropped)}")
     return problems
+
+
+def _cause(found: Found) -> str:
+    """The commonest reason for which images, and not labels or masks, are left out."""
+    images = {f"file {f.code}" for f, _ in found.survey.scan.files if f.place == "images"}
+    series = {f"series {s.name}" for s in (*found.survey.refused, *found.survey.series_found)}
+    masks = {f"file {mask.file}" for mask in found.survey.scan.masks}
+    return commonest(f for f in found.faults if f.what in (images | series) - masks and not _BESIDE.search(f.reason))
 
 
 def _unusable(found: Found) -> list[str]:
@@ -128,6 +137,8 @@ def _masks(found: Found) -> list[str]:
 def _unmatched(found: Found) -> list[str]:
     """Labels and masks that do not belong to what was taken."""
     problems, table = [], found.site.labels
+    if not found.used:
+        return []  # for the reason that is named already
     labels = [fault for fault in found.faults if table and fault.what.startswith(f"{table.name} line ")]
     if labels:
         lines = by_reason(labels)[0][1]

@@ -91,7 +91,7 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
     by_instance = _by_instance(series)
     looked = {image.image for name in listed for image in by_instance.get(name, ())}
     masks: dict[str, dict[str, NDArray[np.uint8]]] = {}
-    taken, left, blind = Counter[str](), Counter[str](), set[str]()
+    taken, left = Counter[str](), Counter[str]()
     frames, regions = frames_of(seg, len(groups)), _regions(seg, names, chosen)
     for number, group in enumerate(groups):
         wanted = _wanted(group, shared, names, chosen, number) if _kind(seg) != "LABELMAP" else chosen
@@ -101,7 +101,6 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
         image, reason = _place(group, shared, series, by_instance, key)
         if reason or image is None:
             left[reason] += 1
-            blind |= {image.image} if image else set()
             continue
         stored_YX = frames(number)
         if stored_YX.shape != image.shape:
@@ -112,7 +111,9 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
             found = masks.setdefault(segment, {})
             found[image.image] = found[image.image] | mask_YX if image.image in found else mask_YX
     _check_lost(taken, left)
-    return Drawn(masks, frozenset(looked - (blind - taken.keys())), len(groups), taken, left)
+    if left[NOWHERE]:  # of which image these are is not known: an empty mask could be any of them
+        looked &= taken.keys()
+    return Drawn(masks, frozenset(looked), len(groups), taken, left)
 
 
 def _check_lost(taken: Counter[str], left: Counter[str]) -> None:
@@ -231,7 +232,7 @@ def _place(
     by_instance: Mapping[str, Sequence[CtSlice]],
     key: bytes,
 ) -> tuple[CtSlice | None, str]:
-    """The image that a frame lies on and "", else the nearest one and why the frame is left out.
+    """The image that a frame lies on and "", else None and why the frame is left out.
 
     Source: PS3.3 C.7.6.16.2.1 to C.7.6.16.2.6.
     """
@@ -252,7 +253,7 @@ def _place(
     )
     if away_mm > PLACE_TOLERANCE_MM:
         if not named:
-            return image, NOWHERE
+            return None, NOWHERE
         raise DicomError(
             f"a frame of the mask lies {away_mm:.1f} mm from its image, expected the same place; draw it on the images themselves, "
             "not on a volume that a program straightened"

@@ -164,7 +164,7 @@ def change_contours(ds: Dataset, kind: str, number: int) -> None:
     elif kind == "turn":
         points = np.roll(points, number, axis=0)
     elif kind == "off plane" and len(points):
-        points[:, 2] += 0.7 + number % 2
+        points[:, 2] = 5 * np.rint(points[:, 2] / 5) + 0.7 + number % 2  # in no image's plane, however often
     elif kind == "nudge" and len(points):
         points = points + np.array([0.003, -0.003, 0.2])
     elif kind == "point":
