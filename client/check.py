@@ -201,7 +201,7 @@ def _conclude(
     tallies = [tally for part in parts for tally in part.tallies]
     labelled, histograms, by_split = _sums(used, survey, series, splits)
     known = {} if temporary and site.role == "train" else splits
-    found = problems(Found(site, survey, used, heads, edges, series, faults, tallies, known, labelled))
+    found = problems(Found(site, survey, used, heads, edges, series, faults, tallies, known, labelled), trouble)
     counts = {
         "files": files,
         "patients": len({part.patient for part in used}),
@@ -215,9 +215,9 @@ def _conclude(
     return Check(
         site=site.name,
         role=site.role,
-        ready=not (trouble or found),
+        ready=not found,
         temporary=temporary,
-        problems=(*trouble, *found),
+        problems=found,
         notes=notes(site, by_split, not known),
         masks=mask_account(survey, tallies, faults),
         counts=counts,

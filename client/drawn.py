@@ -98,7 +98,10 @@ def choose_segments(found: Mapping[int, tuple[str, ...]], segments: Sequence[str
         return chosen
     shown = "; ".join(" ".join((str(n), *map(word, names))) for n, names in list(found.items())[:8]) or "none"
     named = any(found.values())
-    example = "data.segment: Hematoma" if named else f"data.segment: {next(iter(found), 1)}; a label map has no names"
+    label = (
+        word(next(iter(found.values()))[0]) if named and len(found) == 1 and next(iter(found.values())) else "Hematoma"
+    )
+    example = f"data.segment: {label}" if named else f"data.segment: {next(iter(found), 1)}; a label map has no names"
     if segments:
         said = f"data.segment {list(segments)} is not among them"
         raise OtherSegment(f"{len(found)} segments ({shown}): {said}; name it in site.yaml, as {example}")

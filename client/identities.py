@@ -133,6 +133,7 @@ def leaks(found: Found) -> list[str]:
             where = "are in different splits" if splits else "may come into different splits"
             problems.append(
                 f"{len(apart)} {kind} belong to several patients that {where} (such as {' and '.join(sorted(apart[0])[:2])}; {WHO}): "
-                "one patient with two identifiers, half trained on and half tested on; give them one PatientID"
+                "one patient with two identifiers, half trained on and half tested on: give them one PatientID; or two patients whose "
+                "images were mixed: export them apart"
             )
     return problems

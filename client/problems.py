@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +33,12 @@ _RIGHTLY = re.compile(
 )
 
 
-def problems(found: Found) -> tuple[str, ...]:
-    """All problems, those that explain others first."""
-    looks = (_missed, identities, _unusable, _masks, _unmatched, leaks, _contradictions, _lopsided, _anatomy)
+def problems(found: Found, trouble: Sequence[str] = ()) -> tuple[str, ...]:
+    """All problems, those that explain others first; `trouble` is what is wrong with the label table."""
     denied = denied_text(found.faults)
-    return (*filter(None, [denied]), *(line for look in looks for line in look(found)))
+    causes = [line for look in (_missed, identities, _anatomy, leaks) for line in look(found)]
+    effects = [line for look in (_masks, _unusable, _unmatched, _contradictions, _lopsided) for line in look(found)]
+    return (*filter(None, [denied]), *causes, *trouble, *effects)
 
 
 def _missed(found: Found) -> list[str]:
@@ -105,9 +107,9 @@ def _unusable(found: Found) -> list[str]:
 def _masks(found: Found) -> list[str]:
     """Masks that are left out, missing, or of something else."""
     problems = [
-        f"{len(which)} mask files lie among the images and are not read: name their folder as data.masks in site.yaml"
+        f"{len(which)} files among the images are not read: {reason}"
         for reason, which in by_reason(found.faults)
-        if reason.startswith("a mask among the images")
+        if " among the images" in reason and found.used
     ]
     if found.site.masks is None or not found.used:
         return problems

@@ -22,6 +22,10 @@ from shared.site import Site
 
 READER_VERSION = 2  # of what is read from a file; records of another version are read again
 _CHUNK = 64  # files per job
+_AMONG_IMAGES = {
+    True: "a mask among the images; name its folder as data.masks in site.yaml",
+    False: "a PNG or NIfTI among the images: of a mask, name the folder as data.masks in site.yaml; a CT image, export it as DICOM",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +244,7 @@ def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | 
         elif f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
             mask_files.append(record.mask)
         else:
-            faults.append(Fault(what, "a mask among the images; name its folder as data.masks in site.yaml"))
+            faults.append(Fault(what, _AMONG_IMAGES[record.mask.kind in ("seg", "rtstruct")]))
     for (first, record), *others in instances.values():
         if all(_same_content(first.path, f.path) for f, _ in others):
             images += record.images

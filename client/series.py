@@ -125,6 +125,8 @@ def _build_one(name: str, members: list[CtSlice]) -> tuple[CtSeries | None, list
             f"{double} of {len(slices)} slices at the position of another and not equal to it, expected one each; export one series "
             "each"
         )
+        if double == len(slices) - 1:
+            reason = f"all {len(slices)} slices have one position, so ImagePositionPatient was overwritten; export the original geometry"
         return None, [*faults, Fault(what, reason)]
     series = CtSeries(name, slices)
     flags = _flags(series) if shared_space else ("space-per-slice", *_flags(series))
