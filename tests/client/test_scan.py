@@ -196,7 +196,9 @@ def test_a_mask_among_the_images_says_what_to_set(tmp_path: Path) -> None:
     found = scanned(site)
     assert (len(found.images), found.masks) == (3, [])
     (fault,) = found.faults
-    assert fault.reason == "a mask among the images; name its folder as data.masks in site.yaml"
+    assert fault.reason.startswith(
+        "a PNG or NIfTI among the images: of a mask, name the folder as data.masks in site.yaml"
+    )
 
 
 def test_an_image_among_the_masks_is_told(tmp_path: Path) -> None:
