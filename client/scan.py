@@ -251,9 +251,7 @@ def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | 
             reason = f"the same image as file {first.code}, byte for byte; counted once"
             faults += [Fault(f"file {f.code}", reason) for f, _ in others]
         else:
-            reason = (
-                f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken; export them again"
-            )
+            reason = f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken; export them again"
             faults += [Fault(f"file {f.code}", reason) for f in (first, *(f for f, _ in others))]
     return Scan(pairs, images, mask_files, faults)
 
