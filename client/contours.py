@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from client.dicom import DicomError, pseudonym, word
 from client.drawn import ABSENT, OTHER_SEGMENT, Drawn, choose_segments
 from client.images import CtSlice, normal_of
-from client.polygons import Points, encloses_nothing, fill
+from client.polygons import Points, encloses_nothing, fill, opposed
 from client.series import CtSeries
 
 PLANE_TOLERANCE_MM = 0.5  # between a contour's points and its image's plane
 BEYOND_PX = 1.0  # a contour may run around its picture's outermost pixels
 _AGAIN = "export the contours again"
+_OPPOSED = "on images with one contour twice in opposite directions, which is a ring or a repetition"
 _EMPTY, _FINE = "without points", "that enclose no pixel's centre"
 _KINDS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
@@ -100,6 +101,7 @@ def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[s
     hashes = {pseudonym(key, "image", uid) for uid in listed}
     looked = {s.image for s in series.slices if hashes & {s.instance, *s.copies}}
     contours = [_read_contour(roi, contour, series, key) for roi, contour in drawn]
+    contours = _without_opposed(contours)
     usable = [c for c in contours if not c.lost]
     total = contour_count(ds)
     left = Counter[str](c.lost for c in contours if c.lost)
@@ -112,6 +114,16 @@ def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[s
         )
     blind = {c.image.image for c in contours if c.lost and c.image} - taken.keys()
     return Drawn(_masks(usable, names), frozenset((looked | taken.keys()) - blind), total, taken, left)
+
+
+def _without_opposed(contours: list[_Contour]) -> list[_Contour]:
+    """The contours, those of an image lost where it cannot be known whether two of them are a ring."""
+    groups: dict[tuple[int, str], list[_Contour]] = defaultdict(list)
+    for one in contours:
+        if not one.lost and not one.exclusive:
+            groups[one.roi, one.image.image].append(one)
+    lost = {image for (_, image), members in groups.items() if opposed([c.points for c in members])}
+    return [replace(c, lost=_OPPOSED) if not c.lost and c.image.image in lost else c for c in contours]
 
 
 def _check_writer(ds: pydicom.Dataset, series: CtSeries) -> None:

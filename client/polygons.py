@@ -53,6 +53,25 @@ def encloses_nothing(points: Points, shape: tuple[int, int]) -> bool:
     return not (_inside(points, shape).any() or _edge(points, shape).any())
 
 
+def opposed(polygons: Sequence[Points]) -> bool:
+    """Whether two of some polygons are the same in opposite directions.
+
+    A small ring, traced through its pixels' centres, is such a pair, and so is a contour that was sent twice and reversed.
+    """
+    return any(
+        _turn(one) * _turn(other) < 0 and _same(one, other)
+        for number, one in enumerate(polygons)
+        for other in polygons[:number]
+    )
+
+
+def _turn(points: Points) -> int:
+    """The direction that a polygon runs in, 1 or -1; 0 without an area."""
+    rows, columns = points.T
+    doubled = float(np.dot(rows, np.roll(columns, 1)) - np.dot(columns, np.roll(rows, 1)))
+    return int(np.sign(doubled)) if abs(doubled) > 1 else 0
+
+
 def _same(one: Points, other: Points) -> bool:
     """Whether two polygons have the same corners, in whatever order and direction, repeated or not."""
     return all(cKDTree(a).query(b)[0].max() < SAME_POINT_PX for a, b in ((one, other), (other, one))) and np.isclose(
