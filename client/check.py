@@ -202,16 +202,7 @@ def _conclude(
     labelled, histograms, by_split = _sums(used, survey, series, splits)
     known = {} if temporary and site.role == "train" else splits
     found = problems(Found(site, survey, used, heads, edges, series, faults, tallies, known, labelled), trouble)
-    counts = {
-        "files": files,
-        "patients": len({part.patient for part in used}),
-        "series": len(used),
-        "slices": sum(len(part.rows) for part in used),
-        "labelled": sum(known for known, _ in labelled.values()),
-        "positives": sum(positive for _, positive in labelled.values()),
-        "masked": sum(row.has_mask for part in used for row in part.rows),
-        "hematoma": int(sum((part.masks > 0).sum() for part in used)),
-    }
+    counts = {"files": files} | _counts(used, labelled)
     return Check(
         site=site.name,
         role=site.role,
@@ -229,6 +220,19 @@ def _conclude(
         histograms=histograms,
         pictures=pictures,
     )
+
+
+def _counts(used: list[Part], labelled: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Patients, series, slices, labels and masks."""
+    return {
+        "patients": len({part.patient for part in used}),
+        "series": len(used),
+        "slices": sum(len(part.rows) for part in used),
+        "labelled": sum(known for known, _ in labelled.values()),
+        "positives": sum(positive for _, positive in labelled.values()),
+        "masked": sum(row.has_mask for part in used for row in part.rows),
+        "hematoma": int(sum((part.masks > 0).sum() for part in used)),
+    }
 
 
 def _sums(

@@ -216,50 +216,51 @@ def read_masks(
       mask or an empty one; but a PNG costs its own image alone, and a file without the segment nothing.
     """
     drawn: dict[str, Drawn] = {}
-    faults: list[Fault] = []
+    faults: dict[str, str] = {}
     broken: list[MaskFile] = []
     for file in files:
         begin()
         try:
             drawn[file.file] = _read(file, series, key, segments)
-        except OtherSegment as error:
-            faults.append(Fault(f"file {file.file}", str(error)))
         except DicomError as error:
-            faults.append(Fault(f"file {file.file}", str(error)))
-            broken.append(file)
-    reason = (
-        "another mask file of its series cannot be used, and a mask would be half a mask; mend that one"
-        if broken
-        else ""
-    )
-    if broken and {file.kind for file in files} == {"png"}:
-        lost, reason = {file.name for file in broken}, ""
-        images = {s.image for s in series.slices if lost & {s.instance, *s.copies}}
-        hit = {file for file, one in drawn.items() if images & one.looked}
-        faults += [
-            Fault(f"file {file}", "another mask file of its image cannot be used; mend that one") for file in hit
-        ]
-        drawn = {file: one for file, one in drawn.items() if file not in hit}
-    shapes = {s.image: s.shape for s in series.slices}
+            faults[file.file] = str(error)
+            broken += [] if isinstance(error, OtherSegment) else [file]
     masks: dict[str, NDArray[np.uint8]] = {}
-    if not reason:
-        try:
-            _check_one_segment(drawn.values(), segments)
-            masks = unite(drawn.values(), shapes)
-        except DicomError as error:
-            reason = str(error)
-    if reason:
-        faults += [Fault(f"file {file}", reason) for file in drawn]
+    try:
+        faults |= _spoiled(files, broken, drawn, series)
+        drawn = {file: one for file, one in drawn.items() if file not in faults}
+        _check_one_segment(drawn.values(), segments)
+        masks = unite(drawn.values(), {s.image: s.shape for s in series.slices})
+    except DicomError as error:
+        faults |= dict.fromkeys(drawn, str(error))
         drawn = {}
-    reasons = {fault.what.removeprefix("file "): fault.reason for fault in faults}
-    tallies = []
-    for file in files:
-        if file.file in drawn:
-            tallies.append(drawn[file.file].tally(file.file, file.kind))
-            faults += _remarks(file, tallies[-1], series)
-        else:
-            tallies.append(refused(file, reasons[file.file]))
-    return SeriesMasks(masks, {name: one.taken for name, one in drawn.items()}, tuple(tallies), tuple(faults))
+    tallies = tuple(
+        drawn[file.file].tally(file.file, file.kind) if file.file in drawn else refused(file, faults[file.file])
+        for file in files
+    )
+    remarks = [
+        r
+        for file, tally in zip(files, tallies, strict=True)
+        if file.file in drawn
+        for r in _remarks(file, tally, series)
+    ]
+    found = [Fault(f"file {file}", reason) for file, reason in faults.items()]
+    return SeriesMasks(masks, {name: one.taken for name, one in drawn.items()}, tallies, (*found, *remarks))
+
+
+def _spoiled(
+    files: Sequence[MaskFile], broken: Sequence[MaskFile], drawn: Mapping[str, Drawn], series: CtSeries
+) -> dict[str, str]:
+    """Files, and why, that cannot be used because another one cannot: what both draw would be half a mask."""
+    if not broken:
+        return {}
+    if {file.kind for file in files} != {"png"}:
+        reason = "another mask file of its series cannot be used, and a mask would be half a mask; mend that one"
+        return dict.fromkeys(drawn, reason)
+    lost = {file.name for file in broken}
+    images = {s.image for s in series.slices if lost & {s.instance, *s.copies}}
+    reason = "another mask file of its image cannot be used; mend that one"
+    return {file: reason for file, one in drawn.items() if images & one.looked}
 
 
 def refused(file: MaskFile, reason: str) -> Tally:
