@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,17 +23,24 @@ from pydicom.uid import UID
 
 from client.crew import Crew
 from client.dicom import Fault
+from client.drawn import PIECES, Tally
+from client.faults import by_reason
+from client.found import Found
 from client.hounsfield import BINS
-from client.labels import LabelError, splits_of
-from client.reading import Part
-from client.scan import denied_text, walk
+from client.label_table import LabelError
+from client.labels import splits_of
+from client.masks import refused
+from client.problems import problems
+from client.reading import OFF_HEAD_HU, Part, middle_slice
+from client.resample import edge_share
+from client.scan import walk
 from client.series import Choice, CtSeries, describe, sharpness
 from client.survey import Progress, Survey, read_parts, survey
 from shared.site import Site
 from shared.slices import SPLITS
 
 MOST_PICTURES = 60  # in the contact sheet
-FEW_POSITIVES = 5  # from here on it is worth asking whether one scanner has them all
+MOST_REFUSED = 24  # of series that are left out
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Picture:
       title: patient's hash, and the label.
       hu: int16 (224, 224).
       mask: uint8 (224, 224).
+      refused: its series is left out.
     """
 
     title: str
     hu: NDArray[np.int16] = field(repr=False)
     mask: NDArray[np.uint8] = field(repr=False)
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Check:
       ready: no problem was found.
       temporary: hashes come from the folder, as the hospital has no key yet; ingest makes one, and they change.
       problems: what would spoil training, in words.
+      notes: what is as it may be, and good to know: what may leave of small splits.
+      masks: frames, contours, layers or pictures -> how many are in the mask files, taken, and left out by reason.
       counts: files, patients, series, slices, labelled, positives, masked (somebody looked), hematoma (a mask is not
         empty).
       splits: split -> patients, slices, positives.
@@ -77,6 +88,8 @@ class Check:
     ready: bool
     temporary: bool
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    masks: dict[str, dict]
     counts: dict[str, int]
     splits: dict[str, dict[str, int]]
     tables: dict[str, dict[str, int]]
@@ -89,17 +102,9 @@ class Check:
     def to_json(self) -> str:
         """Everything but the pictures."""
         content = {k: v for k, v in asdict(self).items() if k not in ("histograms", "pictures", "faults")}
-        groups: dict[str, list[str]] = defaultdict(list)
-        for fault in self.faults:
-            groups[fault.reason].append(fault.what)
-        content["left_out"] = [{"reason": r, "count": len(w), "what": w} for r, w in _largest_first(groups)]
+        content["left_out"] = [{"reason": r, "count": len(w), "what": w} for r, w in by_reason(self.faults)]
         content["hu_histograms"] = {name: counts.tolist() for name, counts in self.histograms.items()}
         return json.dumps(content, indent=1) + "\n"
-
-
-def _largest_first(groups: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """Groups by size."""
-    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
 
 
 def with_key(site: Site) -> Site:
@@ -134,6 +139,8 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
     files = walk(lent)
     parts: list[Part] = []
     pictures: dict[str, Picture] = {}
+    heads: dict[str, NDArray[np.int64]] = {}
+    edges: dict[str, float] = {}
     with Crew(workers) as crew:
         try:
             found = survey(lent, files, {}, crew, progress)
@@ -145,9 +152,16 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
         for done, part in enumerate(read_parts(list(found.jobs), crew), start=1):
             if part.series in shown and part.rows:
                 pictures[part.series] = _picture(part, found)
+            heads[part.series] = (part.hu > OFF_HEAD_HU).sum(axis=(1, 2))
+            edges[part.series] = edge_share(part.hu)
             parts.append(replace(part, hu=part.hu[:0], masks=_areas(part)))
             progress("series", done, len(found.jobs))
-    return _conclude(lent, len(files), found, parts, tuple(pictures.values()), trouble)
+        empty = {part.series for part in parts if not part.rows}
+        refused = [*found.refused, *(job.series for job in found.jobs if job.series.name in empty)]
+        for one, hu_YX in crew.run(middle_slice, [refused[i] for i in _evenly(len(refused), MOST_REFUSED)]):
+            if isinstance(hu_YX, np.ndarray):
+                pictures[one.name] = Picture(f"left out {one.name[:8]}", hu_YX, np.zeros(hu_YX.shape, np.uint8), True)
+    return _conclude(lent, len(files), found, parts, heads, edges, tuple(pictures.values()), trouble)
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -169,41 +183,48 @@ def _picture(part: Part, found: Survey) -> Picture:
 
 
 def _conclude(
-    site: Site, files: int, found: Survey, parts: list[Part], pictures: tuple[Picture, ...], trouble: list[str]
+    site: Site,
+    files: int,
+    survey: Survey,
+    parts: list[Part],
+    heads: dict[str, NDArray[np.int64]],
+    edges: dict[str, float],
+    pictures: tuple[Picture, ...],
+    trouble: list[str],
 ) -> Check:
     """Counts, tables and problems of what was read."""
     temporary = site.lent_key is not None
     used = [part for part in parts if part.rows]
-    series = {one.name: one for one in found.series()}
+    series = {one.name: one for one in survey.series()}
     splits = splits_of(site, {part.patient for part in used}, keep=False)
-    scanners = {part.series: series[part.series].slices[0].scanner for part in used}
-    labelled: dict[str, tuple[int, int]] = {}
-    histograms: dict[str, NDArray[np.int64]] = {}
-    by_split = {name: {"patients": 0, "slices": 0, "positives": 0} for name in SPLITS if name in splits.values()}
-    for part in used:
-        values = [found.labels.get(row.image, "") for row in part.rows]
-        known, positive = sum(v != "" for v in values), values.count("1")
-        before = labelled.get(scanners[part.series], (0, 0))
-        labelled[scanners[part.series]] = (before[0] + known, before[1] + positive)
-        histograms[scanners[part.series]] = (
-            histograms.get(scanners[part.series], np.zeros(BINS, np.int64)) + part.counts
-        )
-        by_split[splits[part.patient]]["slices"] += len(part.rows)
-        by_split[splits[part.patient]]["positives"] += positive
-    for split, number in Counter(splits[p] for p in {part.patient for part in used}).items():
-        by_split[split]["patients"] = number
-    faults = (*found.faults, *(fault for part in parts for fault in part.faults))
-    problems = (
-        *trouble,
-        *filter(None, [denied_text(faults)]),
-        *_unusable(site, used, found),
-        *_unmatched(faults, site),
-        *_leaks(used, series, {} if temporary and site.role == "train" else splits),
-        *_contradictions(used, found),
-        *_lopsided(labelled),
+    faults = (*survey.faults, *(fault for part in parts for fault in part.faults))
+    tallies = [tally for part in parts for tally in part.tallies]
+    labelled, histograms, by_split = _sums(used, survey, series, splits)
+    known = {} if temporary and site.role == "train" else splits
+    found = problems(Found(site, survey, used, heads, edges, series, faults, tallies, known, labelled), trouble)
+    counts = {"files": files} | _counts(used, labelled)
+    return Check(
+        site=site.name,
+        role=site.role,
+        ready=not found,
+        temporary=temporary,
+        problems=found,
+        notes=notes(site, by_split, not known),
+        masks=mask_account(survey, tallies, faults),
+        counts=counts,
+        splits=by_split,
+        tables=_tables([series[part.series] for part in used]),
+        positives_by_scanner=labelled,
+        choices=survey.choices,
+        faults=faults,
+        histograms=histograms,
+        pictures=pictures,
     )
-    counts = {
-        "files": files,
+
+
+def _counts(used: list[Part], labelled: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Patients, series, slices, labels and masks."""
+    return {
         "patients": len({part.patient for part in used}),
         "series": len(used),
         "slices": sum(len(part.rows) for part in used),
@@ -212,21 +233,74 @@ def _conclude(
         "masked": sum(row.has_mask for part in used for row in part.rows),
         "hematoma": int(sum((part.masks > 0).sum() for part in used)),
     }
-    return Check(
-        site=site.name,
-        role=site.role,
-        ready=not problems,
-        temporary=temporary,
-        problems=tuple(problems),
-        counts=counts,
-        splits=by_split,
-        tables=_tables([series[part.series] for part in used]),
-        positives_by_scanner=labelled,
-        choices=found.choices,
-        faults=faults,
-        histograms=histograms,
-        pictures=pictures,
-    )
+
+
+def _sums(
+    used: list[Part], found: Survey, series: dict[str, CtSeries], splits: dict[str, str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, NDArray[np.int64]], dict[str, dict[str, int]]]:
+    """Scanner -> labelled slices and positives; scanner -> values; split -> patients, slices and positives."""
+    labelled: dict[str, tuple[int, int]] = {}
+    histograms: dict[str, NDArray[np.int64]] = {}
+    by_split = {name: {"patients": 0, "slices": 0, "positives": 0} for name in SPLITS if name in splits.values()}
+    for part in used:
+        scanner = series[part.series].slices[0].scanner
+        values = [found.labels.get(row.image, "") for row in part.rows]
+        known, positive = sum(v != "" for v in values), values.count("1")
+        before = labelled.get(scanner, (0, 0))
+        labelled[scanner] = (before[0] + known, before[1] + positive)
+        histograms[scanner] = histograms.get(scanner, np.zeros(BINS, np.int64)) + part.counts
+        by_split[splits[part.patient]]["slices"] += len(part.rows)
+        by_split[splits[part.patient]]["positives"] += positive
+    for split, number in Counter(splits[p] for p in {part.patient for part in used}).items():
+        by_split[split]["patients"] = number
+    return labelled, histograms, by_split
+
+
+def mask_account(found: Survey, tallies: Iterable[Tally], faults: Iterable[Fault]) -> dict[str, dict]:
+    """Frames, contours, layers and pictures of all mask files that could be opened: in = taken + left out by reason."""
+    read = {tally.file: tally for tally in tallies}
+    reasons = {fault.what.removeprefix("file "): fault.reason for fault in reversed(list(faults))}
+    account: dict[str, dict] = {}
+    for mask in found.scan.masks:
+        tally = read.get(mask.file) or refused(mask, reasons.get(mask.file, "its series was left out"))
+        entry = account.setdefault(PIECES[mask.kind], {"in": 0, "taken": 0, "left": []})
+        entry["in"] += tally.total
+        entry["taken"] += tally.taken
+        entry["left"] += [Fault("", reason) for reason, count in tally.left for _ in range(count)]
+    for entry in account.values():
+        left = by_reason(entry.pop("left"))
+        entry["left_out"] = [
+            {"reason": reason.partition(" (numbers of the first")[0], "count": len(w)} for reason, w in left
+        ]
+        assert entry["in"] == entry["taken"] + sum(group["count"] for group in entry["left_out"]), (
+            "a mask's pieces are lost"
+        )
+    return account
+
+
+def notes(site: Site, splits: Mapping[str, Mapping[str, int]], unknown: bool) -> tuple[str, ...]:
+    """What the splits mean for what may leave.
+
+    Args:
+      splits: split -> patients and more.
+      unknown: the first ingest will deal them anew; their sizes stay.
+    """
+    least, lines = site.policy.min_patients, []
+    meaning = {
+        "train": "the numbers of training stay in the hospital",
+        "val": "the numbers of its rounds stay in the hospital",
+        "test": "the numbers of its test stay in the hospital",
+    }
+    for name, row in splits.items():
+        if row["patients"] < least:
+            encoder = (
+                "; the encoder takes part all the same" if site.role == "train" else ": it has no part in the result"
+            )
+            lines.append(
+                f"split {name} {'will have' if unknown else 'has'} {row['patients']} patients, fewer than policy.min_patients ({least}): "
+                f"{meaning[name]}{encoder}"
+            )
+    return tuple(lines)
 
 
 def _tables(series: Iterable[CtSeries]) -> dict[str, dict[str, int]]:
@@ -246,92 +320,6 @@ def _tables(series: Iterable[CtSeries]) -> dict[str, dict[str, int]]:
         for flag in one.flags:
             tables["unusual"][flag] += 1
     return {name: dict(counter.most_common()) for name, counter in tables.items()}
-
-
-def _unusable(site: Site, used: list[Part], found: Survey) -> list[str]:
-    """Nothing to train or test on."""
-    if not used:
-        return ["no slice can be used: see what was left out"]
-    values = list(found.labels.values())
-    problems = []
-    if site.role == "train" and not any(values) and not any(row.has_mask for part in used for row in part.rows):
-        problems.append("neither labels nor masks: there is nothing to learn but reconstruction")
-    if any(values) and len({v for v in values if v}) == 1:
-        present = "with" if "1" in values else "without"
-        problems.append(f"every labelled slice is {present} the marker: a classifier needs both")
-    if any(row.has_mask for part in used for row in part.rows) and not any(part.masks.any() for part in used):
-        problems.append("every mask is empty: is data.segment the hematoma?")
-    return problems
-
-
-def _unmatched(faults: tuple[Fault, ...], site: Site) -> list[str]:
-    """Labels and masks that do not belong to what was taken."""
-    problems = []
-    labels = [fault for fault in faults if site.labels and fault.what.startswith(f"{site.labels.name} line ")]
-    if labels:
-        problems.append(
-            f"{len(labels)} lines of {site.labels.name} match nothing; first, {labels[0].what}: {labels[0].reason}"
-        )
-    off = [fault for fault in faults if "of its mask lie in air" in fault.reason]
-    if off:
-        problems.append(f"masks of {len(off)} series lie off the head; first, {off[0].what}: {off[0].reason}")
-    return problems
-
-
-def _leaks(used: list[Part], series: dict[str, CtSeries], splits: dict[str, str]) -> list[str]:
-    """One patient in two splits: equal pictures, or one study, under two identifiers.
-
-    Without splits, as before the first ingest, which makes the key that they follow, any two identifiers may come apart.
-    """
-    problems = []
-    for kind, groups in (("pictures", _by_content(used)), ("studies", _by_study(used, series))):
-        shared = [patients for patients in groups.values() if len(patients) > 1]
-        apart = [patients for patients in shared if not splits or len({splits[p] for p in patients}) > 1]
-        if apart:
-            where = "are in different splits" if splits else "may come into different splits"
-            problems.append(
-                f"{len(apart)} {kind} belong to several patients that {where} (such as {' and '.join(sorted(apart[0])[:2])}): "
-                "one patient with two identifiers, half trained on and half tested on; give them one PatientID"
-            )
-    return problems
-
-
-def _by_content(used: list[Part]) -> dict[str, set[str]]:
-    """Slice content -> patients; slices of one value, as air alone, say nothing and are not told apart."""
-    groups: dict[str, set[str]] = defaultdict(set)
-    for part in used:
-        for row in part.rows:
-            if row.content:
-                groups[row.content].add(part.patient)
-    return groups
-
-
-def _by_study(used: list[Part], series: dict[str, CtSeries]) -> dict[str, set[str]]:
-    """Study -> patients."""
-    groups: dict[str, set[str]] = defaultdict(set)
-    for part in used:
-        groups[series[part.series].slices[0].study].add(part.patient)
-    return groups
-
-
-def _contradictions(used: list[Part], found: Survey) -> list[str]:
-    """A marker where the mask shows no hematoma."""
-    wrong = 0
-    for part in used:
-        for row, area in zip(part.rows, part.masks, strict=True):
-            wrong += row.has_mask and not area and found.labels.get(row.image) == "1"
-    return [f"{wrong} slices are labelled with the marker and have an empty mask"] if wrong else []
-
-
-def _lopsided(labelled: dict[str, tuple[int, int]]) -> list[str]:
-    """All positives from one of several scanners: a model would learn the scanner."""
-    known = {name: pair for name, pair in labelled.items() if pair[0]}
-    having = [name for name, (_, positive) in known.items() if positive]
-    if len(known) > 1 and len(having) == 1 and known[having[0]][1] >= FEW_POSITIVES:
-        return [
-            f"all {known[having[0]][1]} positives are from one of {len(known)} scanners ({having[0]}): the scanner predicts the label"
-        ]
-    return []
 
 
 def describe_choice(choice: Choice, series: dict[str, CtSeries]) -> str:

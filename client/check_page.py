@@ -7,7 +7,6 @@ hospital. Shape suffixes: Y row, X column.
 from __future__ import annotations
 
 import io
-from collections import defaultdict
 from pathlib import Path
 
 import jinja2
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from client.check import Check, Picture
+from client.faults import by_reason
 from client.hounsfield import BIN_HU, BINS, LOW_HU
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
 
@@ -40,15 +40,22 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <p class="note">Role {{ check.role }}. Every image was read as an ingest would read it; nothing was written but this page and check.json.{% if check.temporary %} The hospital has no key yet: hashes on this page are temporary and change at the first ingest.{% endif %}</p>
 <div class="verdict {{ "ready" if check.ready else "not" }}"><b>{{ "Ready." if check.ready else "Not ready." }}</b>
 {% if check.ready %}{{ check.faults|length }} things are left out; see below.{% else %}<ul>{% for problem in check.problems %}<li>{{ problem }}</li>{% endfor %}</ul>{% endif %}</div>
-<div class="cards">
+<p class="note">Patients, studies, series and files have codes of 16 letters and digits in place of names. <code>hemafed-client find SITE_YAML CODE</code> shows on your screen what a code stands for; the first 8 will do.</p>
+{% for note in check.notes %}<p class="note">{{ note }}.</p>
+{% endfor %}<div class="cards">
 {% for title, value, note in cards %}<div class="card"><span>{{ title }}</span><b>{{ value }}</b><span>{{ note }}</span></div>
 {% endfor %}</div>
 
 <h2>Left out</h2>
-{% if groups %}<p class="note">By reason. <code>hemafed-client find SITE_YAML CODE</code> tells on your screen which file, series or patient a code is.</p>
+{% if groups %}<p class="note">By reason.</p>
 <div class="scroll"><table><tr><th class="n">Number</th><th>Reason</th><th>Which</th></tr>
 {% for reason, which in groups %}<tr><td class="n">{{ which|length }}</td><td>{{ reason }}</td><td><code>{{ which[:shown]|join(", ") }}{% if which|length > shown %} and {{ which|length - shown }} more{% endif %}</code></td></tr>
 {% endfor %}</table></div>{% else %}<p>Nothing.</p>{% endif %}
+
+{% if check.masks %}<h2>Masks</h2>
+<div class="scroll"><table><tr><th>Of the mask files</th><th class="n">In</th><th class="n">Taken</th><th class="n">Left out</th><th>Reason</th></tr>
+{% for kind, row in check.masks.items() %}<tr><td>{{ kind }}</td><td class="n">{{ row.in }}</td><td class="n">{{ row.taken }}</td><td class="n">{{ row.in - row.taken }}</td><td>{% for group in row.left_out %}{{ group.count }}: {{ group.reason }}{% if not loop.last %}<br>{% endif %}{% endfor %}</td></tr>
+{% endfor %}</table></div>{% endif %}
 
 <h2>Values</h2>
 <img alt="Histogram of HU per scanner" src="{{ histogram }}">
@@ -56,7 +63,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 
 <h2>What it looks like</h2>
 {% if sheet %}<img alt="One slice per series" src="{{ sheet }}">
-<p class="note">One slice per series, the one with most hematoma ({{ check.pictures|length }} of {{ check.counts.series }} series), window {{ window[0] }} to {{ window[1] }} HU, the mask outlined; 22.4 cm wide, the patient's left on the right. These are pictures of patients: keep this page where scans may be kept.</p>{% else %}<p>No slice.</p>{% endif %}
+<p class="note">One slice per series, the one with most hematoma ({{ shown_taken }} of {{ check.counts.series }} series), under its patient's code; window {{ window[0] }} to {{ window[1] }} HU, the mask outlined; 22.4 cm wide, the patient's left on the right.{% if shown_refused %} The last {{ shown_refused }} are of series that are left out, in a window of their own values.{% endif %} These are pictures of patients: keep this page where scans may be kept.</p>{% else %}<p>No slice.</p>{% endif %}
 
 <h2>Where it comes from</h2>
 <div class="pairs">{% for name, counter in check.tables.items() %}<div><h3>{{ name }}</h3><table>{% for value, number in counter.items() %}<tr><td>{{ value }}</td><td class="n">{{ number }}</td></tr>{% endfor %}</table></div>{% endfor %}</div>
@@ -78,15 +85,14 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 
 def write_page(check: Check, folder: Path) -> Path:
     """Write check.html into a folder; returns its path."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for fault in check.faults:
-        groups[fault.reason].append(fault.what)
     page = _PAGE.render(
         style=Markup(STYLE),
         check=check,
         cards=_cards(check),
-        groups=sorted(groups.items(), key=lambda group: -len(group[1])),
+        groups=by_reason(check.faults),
         shown=SHOWN,
+        shown_taken=sum(not picture.refused for picture in check.pictures),
+        shown_refused=sum(picture.refused for picture in check.pictures),
         most=MOST_STUDIES,
         window=WINDOW_HU,
         histogram=svg_uri(_histogram(check)),
@@ -144,7 +150,8 @@ def contact_sheet(pictures: tuple[Picture, ...]) -> bytes:
 
 def _tile(picture: Picture) -> Image.Image:
     """One slice in the brain window, its mask outlined from outside, so that the outline hides nothing of it."""
-    low, high = WINDOW_HU
+    low, high = np.percentile(picture.hu, (2, 98)) if picture.refused else WINDOW_HU
+    high = max(high, low + 1)
     grey_YX = np.clip((picture.hu.astype(np.float32) - low) / (high - low), 0, 1) * 255
     rgb = np.repeat(grey_YX.astype(np.uint8)[..., None], 3, axis=2)
     inside_YX = picture.mask > 0

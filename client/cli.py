@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.dicom import Fault, silence_readers
+from client.faults import by_reason
 from client.ingest import IngestError, IngestReport, ingest
 from shared.enrol import EnrolError
 from shared.rights import words_of
@@ -78,6 +79,10 @@ def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
     )
     for problem in result.problems:
         say(f"  problem: {problem}")
+    for note in result.notes:
+        say(f"  note: {note}")
+    if result.faults or result.problems:
+        say(f"  what a code of 16 letters and digits stands for: hemafed-client find {site_yaml} CODE")
     say(
         f"{site.name}: {'ready' if result.ready else 'not ready'}; see {pages[0].name} and {pages[1].name} beside {site_yaml.name}"
     )
@@ -285,11 +290,8 @@ def report_text(name: str, report: IngestReport) -> str:
 
 def faults_text(faults: tuple[Fault, ...]) -> str:
     """What was left out, a line per reason, most first."""
-    groups: dict[str, list[str]] = {}
-    for fault in faults:
-        groups.setdefault(fault.reason, []).append(fault.what)
     text = ""
-    for reason, which in sorted(groups.items(), key=lambda group: -len(group[1])):
+    for reason, which in by_reason(faults):
         shown = ", ".join(which[:SHOWN]) + (f" and {len(which) - SHOWN} more" if len(which) > SHOWN else "")
         text += f"\n  left out {len(which)}: {reason} ({shown})"
     return text

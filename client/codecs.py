@@ -13,6 +13,8 @@ from pydicom.pixels import get_decoder
 from pydicom.pixels.decoders.base import DecodeRunner
 from pydicom.uid import UID, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless
 
+from client.jpeg import lenient_scan
+
 PLUGIN = "imagecodecs"
 _DECODE = {
     JPEGLossless: imagecodecs.jpeg_decode,
@@ -29,7 +31,8 @@ def is_available(uid: str) -> bool:
 
 def decode_frame(stream: bytes, runner: DecodeRunner) -> bytes:
     """One frame's pixels as pydicom expects them: little endian, in the header's number of bytes."""
-    pixels_YX = _DECODE[runner.transfer_syntax](stream)
+    decode = _DECODE[runner.transfer_syntax]
+    pixels_YX = decode(lenient_scan(stream) if decode is imagecodecs.jpeg_decode else stream)
     runner.set_option("bits_allocated", 8 * pixels_YX.dtype.itemsize)
     return np.ascontiguousarray(pixels_YX).astype(pixels_YX.dtype.newbyteorder("<"), copy=False).tobytes()
 

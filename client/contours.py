@@ -1,79 +1,182 @@
 """RTSTRUCT contours (PS3.3 A.19, C.8.8.6) to hematoma masks.
 
-A pixel is in the mask when its centre is inside the contour; of several contours on one image, what an odd number of
-them encloses, so that an inner contour is a hole. Stays in the hospital. Shape suffixes: Y row, X column.
+A contour that cannot be used costs itself, and the images that it alone was drawn on: they get no mask rather than an empty
+one. Stays in the hospital. Shape suffixes: P point, Y row, X column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from matplotlib.path import Path as Polygon
 from numpy.typing import NDArray
 
 from client.dicom import DicomError, pseudonym, word
-from client.images import CtSlice
-from client.seg import choose_segments
+from client.drawn import ABSENT, OTHER_SEGMENT, Drawn, choose_segments
+from client.images import CtSlice, normal_of
+from client.polygons import Points, encloses_nothing, fill, opposed
 from client.series import CtSeries
 
 PLANE_TOLERANCE_MM = 0.5  # between a contour's points and its image's plane
+BEYOND_PX = 1.0  # a contour may run around its picture's outermost pixels
+_AGAIN = "export the contours again"
+_OPPOSED = "on images with one contour twice in opposite directions, which is a ring or a repetition"
+_EMPTY, _FINE = "without points", "that enclose no pixel's centre"
+_KINDS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
-def contour_references(ds: pydicom.Dataset) -> set[str]:
-    """SOP instance UIDs of the images that contours were drawn on (PS3.3 C.8.8.5)."""
-    uids = {
+@dataclass(frozen=True)
+class _Contour:
+    """One contour of a chosen region.
+
+    Attributes:
+      roi: number of its region.
+      image: the image it was drawn on; None if that is not there.
+      points: in the image's pixels; no rows for one that cannot be used.
+      exclusive: it counts by the odd number of contours around a pixel.
+      lost: why it cannot be used, "" if it can.
+    """
+
+    roi: int
+    image: CtSlice | None
+    points: Points
+    exclusive: bool = False
+    lost: str = ""
+
+
+def contour_references(ds: pydicom.Dataset) -> tuple[set[str], set[str]]:
+    """SOP instance UIDs of an RTSTRUCT's images (PS3.3 C.8.8.5): all, and those that contours name.
+
+    Raises:
+      DicomError: none.
+    """
+    listed = {
         str(image.get("ReferencedSOPInstanceUID", ""))
         for frame in ds.get("ReferencedFrameOfReferenceSequence") or []
         for study in frame.get("RTReferencedStudySequence") or []
         for series in study.get("RTReferencedSeriesSequence") or []
         for image in series.get("ContourImageSequence") or []
     }
-    uids |= {
+    sources = {
         str(image.get("ReferencedSOPInstanceUID", ""))
-        for roi in ds.get("ROIContourSequence") or []
-        for contour in roi.get("ContourSequence") or []
+        for _, contour in _contours(ds)
         for image in contour.get("ContourImageSequence") or []
     }
-    if not uids or "" in uids:
-        raise DicomError("refers to no image; expected ReferencedSOPInstanceUID in ContourImageSequence")
-    return uids
-
-
-def read_contours(
-    path: Path, series: CtSeries, key: bytes, segments: Sequence[str | int]
-) -> dict[str, NDArray[np.uint8]]:
-    """Masks of a series' images; see client/masks.py read_mask."""
-    ds = pydicom.dcmread(path)
-    if any(s.frames > 1 for s in series.slices):
+    if not (listed | sources) - {""}:
         raise DicomError(
-            "contours on a multi-frame image are not read; export the images one by one, or the mask as SEG"
+            f"refers to no image; expected ReferencedSOPInstanceUID in ContourImageSequence: {_AGAIN} with their references"
         )
-    regions = {int(item.ROINumber): (str(item.ROIName),) for item in ds.StructureSetROISequence}
-    chosen = choose_segments(regions, segments)
-    _check_frame(ds, chosen, series, key)
-    listed = {pseudonym(key, "image", uid) for uid in contour_references(ds)}
-    masks = {s.image: np.zeros(s.shape, np.uint8) for s in series.slices if s.image in listed}
-    for roi in ds.ROIContourSequence:
-        if int(roi.ReferencedROINumber) not in chosen:
-            continue
-        region = {name: np.zeros_like(mask_YX) for name, mask_YX in masks.items()}
+    return (listed | sources) - {""}, sources - {""}
+
+
+def contour_count(ds: pydicom.Dataset) -> int:
+    """Contours in a file, of all regions."""
+    return sum(1 for _ in _contours(ds))
+
+
+def _contours(ds: pydicom.Dataset) -> Iterator[tuple[int, pydicom.Dataset]]:
+    """Region's number and contour."""
+    for roi in ds.get("ROIContourSequence") or []:
         for contour in roi.get("ContourSequence") or []:
-            if contour.ContourGeometricType not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"):
-                raise DicomError(f"a contour of type {word(str(contour.ContourGeometricType))}, expected CLOSED_PLANAR")
-            points = np.array(contour.ContourData, dtype=float).reshape(-1, 3)
-            image = _image_of(contour, points, series, key)
-            if image is not None:
-                region.setdefault(image.image, np.zeros(image.shape, np.uint8))
-                region[image.image] ^= fill_polygon(points, image)
-        for name, region_YX in region.items():
-            masks[name] = masks.get(name, np.zeros_like(region_YX)) | region_YX
+            yield int(roi.get("ReferencedROINumber") if roi.get("ReferencedROINumber") is not None else -1), contour
+
+
+def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | int]) -> Drawn:
+    """Masks of a series' images; see client/masks.py read_masks."""
+    ds = pydicom.dcmread(path)
+    names = _regions(ds)
+    chosen = choose_segments(names, segments)
+    drawn = [(roi, contour) for roi, contour in _contours(ds) if roi in chosen]
+    if not drawn:
+        raise DicomError(
+            f"its region has no contours (ROIContourSequence); expected at least one: {_AGAIN}, or remove the file"
+        )
+    _check_space(ds, chosen, drawn, series, key)
+    _check_writer(ds, series)
+    listed, _ = contour_references(ds)
+    hashes = {pseudonym(key, "image", uid) for uid in listed}
+    looked = {s.image for s in series.slices if hashes & {s.instance, *s.copies}}
+    contours = [_read_contour(roi, contour, series, key) for roi, contour in drawn]
+    contours = _without_opposed(contours)
+    usable = [c for c in contours if not c.lost]
+    total = contour_count(ds)
+    left = Counter[str](c.lost for c in contours if c.lost)
+    left[OTHER_SEGMENT] = total - len(drawn)
+    taken = Counter[str](c.image.image for c in usable if c.image)
+    if not usable:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.items() if count and reason != OTHER_SEGMENT)
+        raise DicomError(
+            f"none of its region's {len(drawn)} contours can be used ({reasons}); expected CLOSED_PLANAR ones"
+        )
+    blind = {c.image.image for c in contours if c.lost and c.image} - taken.keys()
+    return Drawn(_masks(usable, names), frozenset((looked | taken.keys()) - blind), total, taken, left)
+
+
+def _without_opposed(contours: list[_Contour]) -> list[_Contour]:
+    """The contours, those of an image lost where it cannot be known whether two of them are a ring."""
+    groups: dict[tuple[int, str], list[_Contour]] = defaultdict(list)
+    for one in contours:
+        if not one.lost and not one.exclusive:
+            groups[one.roi, one.image.image].append(one)
+    lost = {image for (_, image), members in groups.items() if opposed([c.points for c in members])}
+    return [replace(c, lost=_OPPOSED) if not c.lost and c.image.image in lost else c for c in contours]
+
+
+def _check_writer(ds: pydicom.Dataset, series: CtSeries) -> None:
+    """Refuse what rt-utils (1.2.7) writes wrongly: it takes a series for a straight, even grid and swaps oblong pixels' sides."""
+    if "rt-utils" not in f"{ds.get('Manufacturer', '')} {ds.get('ManufacturerModelName', '')}".lower():
+        return
+    gaps = np.diff([s.height_mm for s in series.slices])
+    down_mm, right_mm = series.slices[0].spacing_mm
+    wrong = {
+        "its slices are shifted against each other, as with a tilted gantry": series.sheared_mm > PLANE_TOLERANCE_MM,
+        "its slices are at uneven distances": len(gaps) > 1 and np.ptp(gaps) > PLANE_TOLERANCE_MM,
+        f"its pixels are oblong ({down_mm:g} x {right_mm:g} mm)": not np.isclose(down_mm, right_mm, rtol=1e-3),
+    }
+    reason = next((text for text, holds in wrong.items() if holds), "")
+    if reason:
+        raise DicomError(
+            f"written by rt-utils, which misplaces contours on this series: {reason}; save the mask as DICOM SEG with highdicom, or "
+            "slice by slice as SOPInstanceUID.png"
+        )
+
+
+def _regions(ds: pydicom.Dataset) -> dict[int, tuple[str, ...]]:
+    """Number -> name of the regions (PS3.3 C.8.8.5)."""
+    found = {}
+    for item in ds.get("StructureSetROISequence") or []:
+        if item.get("ROINumber") is None:
+            raise DicomError(f"a region without ROINumber; expected one each: {_AGAIN}")
+        found[int(item.ROINumber)] = tuple(filter(None, [str(item.get("ROIName", "") or "")]))
+    if not found:
+        raise DicomError(f"describes no region (StructureSetROISequence); expected the hematoma's: {_AGAIN}")
+    return found
+
+
+def _masks(contours: Sequence[_Contour], names: dict[int, tuple[str, ...]]) -> dict[str, dict[str, NDArray[np.uint8]]]:
+    """Region's name -> image name -> mask of its contours."""
+    groups: dict[tuple[int, str, bool], list[_Contour]] = defaultdict(list)
+    for one in contours:
+        groups[one.roi, one.image.image, one.exclusive].append(one)
+    masks: dict[str, dict[str, NDArray[np.uint8]]] = defaultdict(dict)
+    for (roi, image, exclusive), members in groups.items():
+        mask_YX = fill([c.points for c in members], members[0].image.shape, exclusive)
+        found = masks[(names[roi] or (str(roi),))[0].casefold()]
+        found[image] = found[image] | mask_YX if image in found else mask_YX
     return masks
 
 
-def _check_frame(ds: pydicom.Dataset, chosen: list[int], series: CtSeries, key: bytes) -> None:
+def _check_space(
+    ds: pydicom.Dataset,
+    chosen: Sequence[int],
+    drawn: Sequence[tuple[int, pydicom.Dataset]],
+    series: CtSeries,
+    key: bytes,
+) -> None:
     """Whether the contours are in their images' frame of reference, where that is what places them.
 
     Some writers (rt-utils among them) invent a frame of reference; contours that name their images are then placed by
@@ -85,53 +188,67 @@ def _check_frame(ds: pydicom.Dataset, chosen: list[int], series: CtSeries, key: 
         if int(item.ROINumber) in chosen
     }
     names = {pseudonym(key, "space", frame) for frame in frames if frame}
-    unnamed = any(
-        not contour.get("ContourImageSequence")
-        for roi in ds.ROIContourSequence
-        if int(roi.ReferencedROINumber) in chosen
-        for contour in roi.get("ContourSequence") or []
-    )
+    unnamed = any(not contour.get("ContourImageSequence") for _, contour in drawn)
     if unnamed and any(s.space and names and s.space not in names for s in series.slices):
-        raise DicomError("contours have another frame of reference than their images, and name none; expected the same")
+        raise DicomError(
+            f"contours have another frame of reference than their images, and name none; expected the same: {_AGAIN}"
+        )
+
+
+def _read_contour(roi: int, contour: pydicom.Dataset, series: CtSeries, key: bytes) -> _Contour:
+    """A contour in its image's pixels, or why it cannot be used."""
+    points = _points(contour)
+    image = _image_of(contour, points, series, key)
+    kind, none = str(contour.get("ContourGeometricType", "")), np.zeros((0, 2))
+    if not len(points):
+        return _Contour(roi, image, none, lost=_EMPTY)
+    if kind not in _KINDS:
+        return _Contour(roi, image, none, lost=f"of type {word(kind)}, not {_KINDS[0]}")
+    if image is None:
+        return _Contour(roi, image, none, lost=ABSENT)
+    away_mm = _away_mm(points, image)
+    if away_mm > PLANE_TOLERANCE_MM:
+        raise DicomError(
+            f"a contour lies {away_mm:.1f} mm from its image's plane, expected in it: is it of another series? {_AGAIN}"
+        )
+    offset = points - image.position_mm
+    rows = offset @ np.array(image.column_direction) / image.spacing_mm[0]
+    columns = offset @ np.array(image.row_direction) / image.spacing_mm[1]
+    pixels = np.stack([rows, columns], axis=1)
+    beyond = float(np.maximum(-pixels, pixels - np.array(image.shape) + 1).max())
+    if beyond > BEYOND_PX:
+        raise DicomError(f"a contour reaches {beyond:.0f} pixels beyond its picture, expected within it: {_AGAIN}")
+    lost = _FINE if encloses_nothing(pixels, image.shape) else ""
+    return _Contour(roi, image, pixels, kind == _KINDS[1], lost)
+
+
+def _points(contour: pydicom.Dataset) -> NDArray[np.float64]:
+    """A contour's points, float64 (P, 3), patient's mm."""
+    data = contour.get("ContourData")
+    try:
+        values = np.atleast_1d(np.array([] if data is None or data == "" else data, dtype=float))
+    except (TypeError, ValueError):
+        values = np.array([np.nan])
+    if values.size % 3 or not np.isfinite(values).all():
+        raise DicomError(f"a contour of {values.size} numbers, expected three for each point: {_AGAIN}")
+    return values.reshape(-1, 3)
 
 
 def _image_of(contour: pydicom.Dataset, points: NDArray[np.float64], series: CtSeries, key: bytes) -> CtSlice | None:
     """The image that a contour was drawn on: the one it names, else the one in whose plane it lies; None if not there."""
+    candidates: Sequence[CtSlice] = series.slices
     named = contour.get("ContourImageSequence")
     if named:
-        name = pseudonym(key, "image", str(named[0].ReferencedSOPInstanceUID))
-        image = next((s for s in series.slices if s.image == name), None)
-    else:
-        image = min(series.slices, key=lambda s: _away_mm(points, s))
-    if image is not None and _away_mm(points, image) > PLANE_TOLERANCE_MM:
-        raise DicomError(f"a contour lies {_away_mm(points, image):.1f} mm from its image's plane, expected in it")
-    return image
+        hashes = {pseudonym(key, "image", str(item.get("ReferencedSOPInstanceUID", ""))) for item in named}
+        candidates = [s for s in series.slices if hashes & {s.instance, *s.copies}]
+    elif not len(points):
+        return None
+    if not len(points):
+        return candidates[0] if len(candidates) == 1 else None
+    return min(candidates, key=lambda s: _away_mm(points, s), default=None)
 
 
 def _away_mm(points: NDArray[np.float64], image: CtSlice) -> float:
     """Largest distance of points from an image's plane."""
-    normal = np.cross(image.row_direction, image.column_direction)
+    normal = np.array(normal_of(image.row_direction, image.column_direction))
     return float(np.abs((points - image.position_mm) @ normal).max())
-
-
-def fill_polygon(points: NDArray[np.float64], image: CtSlice) -> NDArray[np.uint8]:
-    """Pixels whose centres are inside a closed polygon.
-
-    Args:
-      points: float64 (P, 3), patient's mm.
-      image: gives the pixel grid.
-    Returns:
-      uint8 (Y, X) of 0 and 1.
-    """
-    offset = points - image.position_mm
-    columns = offset @ np.array(image.row_direction) / image.spacing_mm[1]
-    rows = offset @ np.array(image.column_direction) / image.spacing_mm[0]
-    mask_YX = np.zeros(image.shape, np.uint8)
-    top, left = max(0, int(np.floor(rows.min()))), max(0, int(np.floor(columns.min())))
-    bottom, right = (min(n, int(np.ceil(v.max())) + 1) for n, v in zip(image.shape, (rows, columns), strict=True))
-    if top >= bottom or left >= right:
-        return mask_YX
-    box = np.mgrid[top:bottom, left:right].reshape(2, -1)
-    inside = Polygon(np.stack([columns, rows], axis=1), closed=False).contains_points(box[::-1].T)
-    mask_YX[top:bottom, left:right] = inside.reshape(bottom - top, right - left)
-    return mask_YX

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import gdcm
 import pydicom
-from pydicom import config
+from pydicom import charset, config
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
@@ -79,7 +79,7 @@ def read_dicom(path: Path) -> DicomFile:
         with open(path, "rb") as file:
             deflated = DeflatedExplicitVRLittleEndian.encode() in file.read(1024)
             if deflated:
-                inflated_size(file)
+                inflate(file)
             file.seek(0)
             ds = pydicom.dcmread(file, stop_before_pixels=True)
             offset = -1 if deflated else file.tell()
@@ -87,15 +87,15 @@ def read_dicom(path: Path) -> DicomFile:
     except DicomError:
         raise
     except InvalidDicomError as error:
-        raise DicomError("not a DICOM file (no 'DICM' prefix)") from error
+        raise DicomError("not a DICOM file (no 'DICM' prefix); if it should be one, export it again") from error
     except OSError as error:
         raise DicomError(f"cannot be opened ({error.strerror or type(error).__name__})") from error
     except Exception as error:  # zlib.error, struct.error, EOFError and others, by where it is damaged
-        raise DicomError(f"cannot be read as DICOM ({type(error).__name__})") from error
+        raise DicomError("damaged: its elements do not follow DICOM's encoding; export the file again") from error
 
 
-def inflated_size(file: BinaryIO) -> int:
-    """Bytes of a deflated file's dataset (PS3.5 A.5), inflated piece by piece, before pydicom inflates it at once.
+def inflate(file: BinaryIO) -> bytes:
+    """A deflated file's dataset (PS3.5 A.5), inflated piece by piece, before pydicom inflates it at once.
 
     Raises:
       DicomError: more than MOST_INFLATED_BYTES, or the stream does not end where the file does.
@@ -103,15 +103,15 @@ def inflated_size(file: BinaryIO) -> int:
     file.seek(140)
     length = int.from_bytes(file.read(4), "little")  # of the meta group, after its first element (PS3.10 7.1)
     file.seek(144 + length)
-    inflate, piece, total = zlib.decompressobj(-zlib.MAX_WBITS), file.read(), 0
-    while piece and not inflate.eof:
-        total += len(inflate.decompress(piece, 1 << 24))
-        piece = inflate.unconsumed_tail
-        if total > MOST_INFLATED_BYTES:
+    stream, piece, data = zlib.decompressobj(-zlib.MAX_WBITS), file.read(), bytearray()
+    while piece and not stream.eof:
+        data += stream.decompress(piece, 1 << 24)
+        piece = stream.unconsumed_tail
+        if len(data) > MOST_INFLATED_BYTES:
             raise DicomError(f"inflates to more than {MOST_INFLATED_BYTES >> 20} MiB; expected one image")
-    if not inflate.eof or inflate.unused_data not in (b"", b"\0"):
-        raise DicomError("the deflated part does not end where the file ends: cut or damaged")
-    return total
+    if not stream.eof or stream.unused_data.strip(b"\0"):
+        raise DicomError("the deflated part does not end where the file ends: cut or damaged; export the file again")
+    return bytes(data)
 
 
 def class_name(uid: str) -> str:
@@ -161,6 +161,28 @@ def text(ds: pydicom.Dataset, keyword: str) -> str:
     return next(iter(texts(ds, keyword)), "")
 
 
+def identifier(ds: pydicom.Dataset, keyword: str) -> str:
+    """An element of one value that tells things apart, whole, "" if absent.
+
+    It is not split at backslashes: these are half of a character in ISO 2022, GB 18030 and Shift JIS, and two patients must
+    not become one because their names share a byte. What cannot be decoded stands as its bytes.
+    """
+    element = _element(ds, keyword)
+    if element is None or element.value is None:
+        return ""
+    if not isinstance(element, RawDataElement):
+        return str(element.value).strip()
+    value = element.value.strip(b" \0")
+    if value.isascii() and b"\x1b" not in value:
+        return value.decode("ascii")
+    try:
+        declared = ds.get("SpecificCharacterSet") or "ISO_IR 6"
+        decoded = charset.decode_bytes(value, charset.convert_encodings(declared), set())
+    except (LookupError, ValueError):
+        return value.hex()
+    return value.hex() if "\ufffd" in decoded else decoded.strip()
+
+
 def numbers(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...]:
     """A decimal element as exactly `count` finite numbers."""
     try:
@@ -168,7 +190,9 @@ def numbers(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != count or not all(map(math.isfinite, values)):
-        raise DicomError(f"{keyword} is missing or malformed, expected {count} numbers")
+        raise DicomError(
+            f"{keyword} is missing or malformed, expected {count} number{'s' if count > 1 else ''}: export the original images again"
+        )
     return values
 
 

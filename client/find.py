@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from client.check import with_key
-from client.dicom import DicomError, pseudonym, read_dicom, text
+from client.dicom import DicomError, identifier, pseudonym, read_dicom
 from client.scan import FoundFile, walk
 from shared.site import Site
 
@@ -43,7 +43,7 @@ def _find_in_headers(files: Sequence[FoundFile], key: bytes, open_codes: set[str
             continue
         try:
             ds = read_dicom(f.path).ds
-            values = {kind: text(ds, tag) for kind, tag in _TAGS.items()}
+            values = {kind: identifier(ds, tag) for kind, tag in _TAGS.items()}
         except DicomError:
             continue
         except Exception:

@@ -48,9 +48,26 @@ def implausible(counts: NDArray[np.int64]) -> str | None:
     return (
         f"values cannot be HU: {air:.1%} of pixels near air's -1000, {tissue:.0%} of the others at soft tissue's "
         f"{TISSUE_RANGE_HU[0]} to {TISSUE_RANGE_HU[1]} with most at {mode}, most common value {common}; expected at least "
-        f"{LEAST_AIR:.0%}, {LEAST_TISSUE:.0%} and {TISSUE_MODE_HU[0]} to {TISSUE_MODE_HU[1]}. A missing RescaleIntercept of "
-        "-1024 is the common cause; export the series again"
+        f"{LEAST_AIR:.0%}, {LEAST_TISSUE:.0%} and {TISSUE_MODE_HU[0]} to {TISSUE_MODE_HU[1]}. {_cause(counts)}; export the series again"
     )
+
+
+def _cause(counts: NDArray[np.int64]) -> str:
+    """What makes values like these most often."""
+    total = max(1, counts.sum())
+    if counts[: _bin(PADDED_BELOW_HU)].sum() > LEAST_TISSUE * total and not _count(counts, TISSUE_RANGE_HU):
+        return "A rescale that was applied twice is the common cause"
+    if counts[_bin(-5) : _bin(260)].sum() == total:
+        return (
+            "A window that was applied before the export, or a missing RescaleIntercept of -1024, is the common cause"
+        )
+    return "A missing RescaleIntercept of -1024 is the common cause"
+
+
+def without_air(counts: NDArray[np.int64]) -> bool:
+    """Whether hardly a pixel is near air's -1000: what a wrong rescale does to some slices of a series."""
+    measured = counts[_bin(PADDED_BELOW_HU) :].sum()
+    return bool(_count(counts, AIR_RANGE_HU) < LEAST_AIR * max(1, measured))
 
 
 def _bin(hu: float) -> int:

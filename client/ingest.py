@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 
 from client.crew import Crew
 from client.dicom import Fault, pseudonym
-from client.labels import SPLIT_SHARES, LabelError, splits_of, table_digest
+from client.faults import by_reason
+from client.label_table import LabelError, table_digest
+from client.labels import SPLIT_SHARES, splits_of
 from client.records import append_records, read_records, write_records
 from client.scan import READER_VERSION, FoundFile, denied_text, manifest_of, walk
 from client.store import (
@@ -234,6 +236,4 @@ def _current_report(site: Site, manifest: str, files: int) -> IngestReport | Non
 
 def _reasons(faults: tuple[Fault, ...]) -> str:
     """The three commonest reasons, for an error's text."""
-    reasons = [fault.reason for fault in faults]
-    common = sorted(set(reasons), key=reasons.count, reverse=True)[:3]
-    return "".join(f"; {reasons.count(reason)}x {reason}" for reason in common)
+    return "".join(f"; {len(which)}x {reason}" for reason, which in by_reason(faults)[:3])

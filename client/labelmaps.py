@@ -6,6 +6,7 @@ another grid is refused, never stretched. Stays in the hospital. Shape suffixes:
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,42 +16,76 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.dicom import DicomError
+from client.drawn import EMPTY_LAYER, NOWHERE, Drawn, OtherSegment, choose_segments
 from client.images import CtSlice
-from client.seg import choose_segments
 from client.series import CtSeries
 
+SHEAR_MM = 0.5  # slices that are shifted against each other by more are no straight grid
 VOXEL_TOLERANCE = 0.1  # of a voxel, between a voxel's centre and its pixel's, at every corner of the picture
 _TO_PATIENT = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI counts x to the right and y to the front
+_AS_SEG = "save the mask as DICOM SEG (3D Slicer, dcmqi), which names its images"
+# What 3D Slicer and dcmqi write of a straightened volume is straightened too.
+_AS_SLICES = "save it slice by slice as SOPInstanceUID.png, or as DICOM SEG with highdicom or OHIF, which keep each slice's place"
+_WHITE = 255  # what pictures have where a label map has 1
+
+Grid = tuple[float, ...]  # shape (3), and the affine's first three rows (12) in the patient's axes
+Layer = tuple[tuple[int, int, int], tuple[int, int], tuple[int, int]]
 
 
-def nifti_grid(path: Path) -> tuple[float, ...]:
+def nifti_grid(path: Path) -> Grid:
     """Shape (3) and the affine's first three rows (12) in the patient's axes, from the header alone.
 
     Raises:
-      DicomError: no NIfTI, not three-dimensional, or an affine that is none.
+      DicomError: no NIfTI, not three-dimensional, an affine that is none, or two that contradict each other.
     """
     try:
-        image = nibabel.load(path)
+        image = _load(path)
         shape, affine = image.shape, _TO_PATIENT @ np.asarray(image.affine, dtype=float)
     except Exception as error:  # nibabel and gzip raise many types
-        raise DicomError(f"cannot be read as NIfTI ({type(error).__name__})") from error
-    if len(shape) != 3 and shape[3:] != (1,) * (len(shape) - 3):
-        raise DicomError(f"NIfTI of shape {shape}, expected three dimensions")
+        raise DicomError("cannot be read as NIfTI: cut, damaged or of another format; save the mask again") from error
+    if len(shape) < 3 or shape[3:] != (1,) * (len(shape) - 3):
+        raise DicomError(f"NIfTI of shape {shape}, expected three dimensions; save the mask alone, as one label map")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
-        raise DicomError("NIfTI whose affine is not invertible; expected one that places voxels in mm")
+        raise DicomError(f"NIfTI whose affine is not invertible, expected one that places voxels in mm; {_AS_SEG}")
+    _check_affines(image, shape)
     return (*map(float, shape[:3]), *map(float, affine[:3].ravel()))
 
 
-def fits(grid: tuple[float, ...], series: CtSeries) -> bool:
+def _load(path: Path) -> nibabel.spatialimages.SpatialImage:
+    """A NIfTI; nibabel knows .nii.gz and .NII.GZ, and not .Nii.gz."""
+    if path.name.endswith((".nii", ".nii.gz", ".NII", ".NII.GZ", ".NII.gz")):
+        return nibabel.load(path)
+    data = path.read_bytes()
+    return nibabel.Nifti1Image.from_bytes(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)
+
+
+def _check_affines(image: nibabel.spatialimages.SpatialImage, shape: tuple[int, ...]) -> None:
+    """Refuse a file whose qform and sform place a voxel in two places: readers differ in which they believe."""
+    header = image.header
+    if not hasattr(header, "get_qform"):
+        return
+    (qform, has_q), (sform, has_s) = header.get_qform(coded=True), header.get_sform(coded=True)
+    if not has_q and not has_s:
+        raise DicomError(f"NIfTI with neither qform nor sform: where its voxels lie is not known; {_AS_SEG}")
+    if not (has_q and has_s):
+        return
+    corners = np.array([[i, j, k, 1] for i in (0, shape[0] - 1) for j in (0, shape[1] - 1) for k in (0, shape[2] - 1)])
+    apart = np.linalg.solve(sform[:3, :3], ((qform - sform) @ corners.T)[:3])
+    if np.abs(apart).max() > VOXEL_TOLERANCE:
+        raise DicomError(
+            f"NIfTI whose qform and sform contradict each other by {np.abs(apart).max():.1f} voxels: programs differ in which they "
+            f"believe; set both alike in the program that wrote it, or {_AS_SEG}"
+        )
+
+
+def fits(grid: Grid, series: CtSeries) -> bool:
     """Whether every slice of a series is a layer of a NIfTI's grid, and every layer a slice."""
     if grid[:3].count(len(series.slices)) == 0:
         return False
     return all(_layer(grid, image) is not None for image in series.slices)
 
 
-def _layer(
-    grid: tuple[float, ...], image: CtSlice
-) -> tuple[tuple[int, int, int], tuple[int, int], tuple[int, int]] | None:
+def _layer(grid: Grid, image: CtSlice) -> Layer | None:
     """Where an image's pixels are in a volume: first voxel, (axis, step) along a row's pixels, (axis, step) down a column.
 
     None if the pixels are not voxels of the volume, or not a whole layer of it.
@@ -75,47 +110,88 @@ def _layer(
     return tuple(start.tolist()), (axes[0], steps[0]), (axes[1], steps[1])
 
 
-def read_nifti(path: Path, series: CtSeries, segments: Sequence[str | int]) -> dict[str, NDArray[np.uint8]]:
-    """Masks of a series' images; see client/masks.py read_mask."""
+def misfit(grid: Grid, series: Sequence[CtSeries]) -> str:
+    """Why a NIfTI fits none of the series, or several, and what helps."""
+    fitting = sum(fits(grid, one) for one in series)
+    found = f"its grid is that of {fitting} series, expected 1"
+    if fitting:
+        return f"{found}; name it SeriesInstanceUID.nii.gz"
+    layers = [one for one in series if len(one.slices) in grid[:3]]
+    if any(one.sheared_mm > SHEAR_MM for one in layers):
+        return f"{found}: slices of a tilted gantry are no straight grid, and programs that write NIfTI straighten them; {_AS_SLICES}"
+    if any("uneven" in one.flags for one in layers):
+        return f"{found}: the distances of the slices are uneven, and a NIfTI's are even; {_AS_SLICES}"
+    return (
+        f"{found}: {'x'.join(f'{n:.0f}' for n in grid[:3])} voxels; draw it on the series in data.images, or {_AS_SEG}"
+    )
+
+
+def read_nifti(path: Path, series: CtSeries, segments: Sequence[str | int]) -> Drawn:
+    """Masks of a series' images; see client/masks.py read_masks."""
     grid = nifti_grid(path)
     layers = {image: _layer(grid, image) for image in series.slices}
     off = sum(layer is None for layer in layers.values())
     if off:
         raise DicomError(
-            f"{off} of {len(layers)} slices are no layer of the NIfTI's grid; expected the series' own grid"
+            f"{off} of {len(layers)} slices are no layer of the NIfTI's grid; expected the series' own grid: {_AS_SEG}"
         )
-    volume = np.asanyarray(nibabel.load(path).dataobj).reshape([int(n) for n in grid[:3]])
-    chosen_volume = _chosen(volume, segments)
-    masks = {}
+    volume = np.asanyarray(_load(path).dataobj).reshape([int(n) for n in grid[:3]])
+    chosen, name = _chosen(volume, segments)
+    masks, used = {}, set()
     for image, (start, (right_axis, right_step), (down_axis, down_step)) in layers.items():
         depth_axis = 3 - right_axis - down_axis
-        layer = np.take(chosen_volume, start[depth_axis], axis=depth_axis)
+        used.add(start[depth_axis])
+        layer = np.take(chosen, start[depth_axis], axis=depth_axis)
         layer_YX = layer.T if right_axis < down_axis else layer
         masks[image.image] = np.ascontiguousarray(layer_YX[::down_step, ::right_step])
-    return masks
+    depth = volume.shape[depth_axis]
+    drawn = np.nonzero(chosen.any(axis=tuple({0, 1, 2} - {depth_axis})))[0]
+    outside = len(set(drawn.tolist()) - used)
+    if len(used) < len(layers):
+        raise DicomError(f"{len(layers)} slices on {len(used)} layers of the NIfTI; expected one each: {_AS_SEG}")
+    left = {NOWHERE: outside, EMPTY_LAYER: depth - len(used) - outside}
+    return Drawn({name: masks}, frozenset(masks), depth, dict.fromkeys(masks, 1), left)
 
 
-def read_png(path: Path, name: str, series: CtSeries, segments: Sequence[str | int]) -> dict[str, NDArray[np.uint8]]:
-    """The mask of one image; see client/masks.py read_mask."""
-    image = next((s for s in series.slices if s.image == name), None)
+def read_png(path: Path, name: str, series: CtSeries, segments: Sequence[str | int]) -> Drawn:
+    """The mask of one image; see client/masks.py read_masks."""
+    image = next((s for s in series.slices if s.frames == 1 and name in (s.instance, *s.copies)), None)
     if image is None:
         raise DicomError("a PNG for a multi-frame image, expected one image per file; export the mask as SEG or NIfTI")
-    with Image.open(path) as picture:
-        if picture.size != image.shape[::-1]:
-            raise DicomError(f"mask is {picture.size[::-1]} pixels, its image {image.shape}; expected the same")
-        if len(picture.getbands()) != 1:
-            raise DicomError(f"a PNG of mode {picture.mode}, expected one channel with a number per pixel")
-        pixels_YX = np.asarray(picture)
-    return {name: _chosen(pixels_YX.astype(np.int64), segments)}
+    try:
+        with Image.open(path) as picture:
+            size, bands, mode = picture.size, picture.getbands(), picture.mode
+            pixels_YX = np.asarray(picture)
+    except Exception as error:  # Pillow raises many types
+        raise DicomError("cannot be read as PNG: cut or damaged; save the mask again") from error
+    if size != image.shape[::-1]:
+        raise DicomError(f"mask is {size[::-1]} pixels, its image {image.shape}; expected the same: save it unscaled")
+    if len(bands) != 1:
+        raise DicomError(f"a PNG of mode {mode}, expected one channel with a number per pixel; save it in grey")
+    chosen, segment = _chosen(pixels_YX.astype(np.int64), segments)
+    return Drawn({segment: {image.image: chosen}}, frozenset([image.image]), 1, {image.image: 1}, {})
 
 
-def _chosen(values: NDArray, segments: Sequence[str | int]) -> NDArray[np.uint8]:
-    """1 where a label map has a number that is the hematoma: one of data.segment, else the only one there is."""
+def _chosen(values: NDArray, segments: Sequence[str | int]) -> tuple[NDArray[np.uint8], str]:
+    """1 where a label map has a number that is the hematoma, and these numbers' name.
+
+    The numbers are those of data.segment, else the only one there is.
+    """
     present = np.unique(values)
     if not np.isfinite(present).all() or (present != np.rint(present)).any():
         raise DicomError("a label map with numbers that are not whole, expected 0 and the number of each segment")
-    numbers = [s for s in segments if isinstance(s, int)]
+    numbers = [int(s) for s in segments if str(s).strip().isdecimal()]
     found = {int(value): () for value in present if value}
     if found and not numbers:
-        numbers = choose_segments(found, ())
-    return np.isin(values, numbers).astype(np.uint8)
+        try:
+            numbers = choose_segments(found, ())
+        except DicomError as error:
+            raise DicomError(
+                f"a label map with the numbers {', '.join(map(str, list(found)[:8]))} and no names: which is the hematoma? name "
+                f"its number in site.yaml, as data.segment: {next(iter(found))}"
+            ) from error
+    if list(found) == [_WHITE] and _WHITE not in numbers:
+        raise OtherSegment(
+            f"a black and white mask (0 and {_WHITE}), and data.segment names {numbers}; add {_WHITE} to data.segment"
+        )
+    return np.isin(values, numbers).astype(np.uint8), " ".join(map(str, sorted(numbers)))

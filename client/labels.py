@@ -1,118 +1,25 @@
-"""What a hospital says of its slices and patients: the label table, and the split of its patients.
+"""What a hospital says of its slices and patients: which label belongs to which image, and the split of its patients.
 
-The table's UIDs become keyed hashes as it is read; a line's number is what messages name. Stays in the hospital.
+Stays in the hospital.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from client.dicom import Fault, pseudonym
+from client.dicom import Fault
+from client.label_table import LabelError, LabelRow, some
 from client.series import CtSeries
 from shared.site import Site, SiteError
 
 SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 
 
-class LabelError(ValueError):
-    """A label table cannot be used; lists its faults and the next step."""
-
-
-@dataclass(frozen=True)
-class LabelRow:
-    """One line of the table.
-
-    Attributes:
-      line: its number in the file.
-      series: keyed hash of the series.
-      instance: keyed hash of the SOP instance; "" where the table counts slices.
-      index: slice from 0, from the feet up; -1 where the table names images.
-      value: "1", "0" or "" for unknown.
-    """
-
-    line: int
-    series: str
-    instance: str
-    index: int
-    value: str
-
-
-def read_labels(site: Site) -> list[LabelRow]:
-    """The label table, a CSV with columns series_uid, sop_uid or slice_index, and hypodensity; others are ignored.
-
-    Lines that say nothing at all are passed over: spreadsheets end with them.
-
-    Raises:
-      LabelError: no CSV table that can be read, a missing column, a value that is none of 1, 0 and blank, or a
-        slice_index that is no number; all of a table's lines at once.
-    """
-    if site.labels is None:
-        return []
-    try:
-        with open(site.labels, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            table = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise _closed(site.labels, error) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise LabelError(
-            f"{site.labels.name} is not a CSV table in UTF-8 ({type(error).__name__}); save it as one"
-        ) from error
-    place = next((c for c in ("sop_uid", "slice_index") if c in columns), None)
-    if "series_uid" not in columns or "hypodensity" not in columns or place is None:
-        raise LabelError(
-            f"{site.labels.name} has {len(columns)} columns, expected series_uid, sop_uid or slice_index, and hypodensity"
-        )
-    key, rows, wrong = site.key(), [], []
-    for line, row in table:
-        uid, where, value = ((row[column] or "").strip() for column in ("series_uid", place, "hypodensity"))
-        if not (uid or where or value):
-            continue
-        if value not in ("", "0", "1"):
-            wrong.append(f"line {line}: hypodensity is neither 1, 0 nor blank")
-        elif place == "slice_index" and not re.fullmatch("[0-9]{1,6}", where):
-            wrong.append(f"line {line}: slice_index is no number from 0 on")
-        else:
-            instance = pseudonym(key, "image", where) if place == "sop_uid" else ""
-            index = int(where) if place == "slice_index" else -1
-            rows.append(LabelRow(line, pseudonym(key, "series", uid), instance, index, value))
-    if wrong:
-        raise LabelError(f"{site.labels.name} cannot be read:\n  {_some(wrong)}\ncorrect these lines")
-    return rows
-
-
-def table_digest(site: Site) -> str:
-    """Hash of the label table's content; "" without one.
-
-    Raises:
-      LabelError: it cannot be opened.
-    """
-    if site.labels is None:
-        return ""
-    try:
-        return hashlib.sha256(site.labels.read_bytes()).hexdigest()
-    except OSError as error:
-        raise _closed(site.labels, error) from error
-
-
-def _closed(table: Path, error: OSError) -> LabelError:
-    """What to say of a table that cannot be opened."""
-    return LabelError(
-        f"{table.name} cannot be opened ({error.strerror}); give permission to read it, or correct data.labels"
-    )
-
-
 def match_labels(
-    rows: Sequence[LabelRow], series: Sequence[CtSeries], table: str
+    rows: Sequence[LabelRow], series: Sequence[CtSeries], table: str, lost: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], list[Fault]]:
     """Which label belongs to which image.
 
@@ -120,13 +27,14 @@ def match_labels(
       rows: of the table.
       series: those that were taken.
       table: the table's name, for messages.
+      lost: name of a series that was left out -> why.
     Returns:
       Image name -> "1", "0" or ""; and the lines that belong to no image, but for blank ones, which say nothing.
     Raises:
       LabelError: two lines give one slice different labels, or there are images and no line belongs to any.
     """
     by_name = {one.name: one for one in series}
-    instances = {one.name: {s.instance: s for s in one.slices} for one in series}
+    instances = {one.name: {n: s for s in one.slices for n in (s.instance, *s.copies)} for one in series}
     counted: dict[str, set[int]] = defaultdict(set)
     for row in rows:
         counted[row.series].add(row.index)
@@ -137,7 +45,7 @@ def match_labels(
         what = f"{table} line {row.line}"
         one = by_name.get(row.series)
         if one is None:
-            faults += [Fault(what, "its series is not in data.images, or was left out")] if row.value else []
+            faults += [Fault(what, _no_series(row, lost or {}))] if row.value else []
             continue
         if row.instance:
             image = instances[one.name].get(row.instance)
@@ -146,28 +54,40 @@ def match_labels(
                 image, reason = None, "its sop_uid is a multi-frame file; give slice_index instead"
         elif counted[one.name] == set(range(len(one.slices))):
             image = one.slices[row.index]
-        else:  # with an image missing, every later count would mean its neighbour
-            image = None
-            reason = (
-                f"slice_index counts {len(counted[one.name])} slices up to {max(counted[one.name])}, its series has "
-                f"{len(one.slices)} usable ones; give every slice a line, or name images by sop_uid"
-            )
+        else:
+            image, reason = None, _miscounted(counted[one.name], len(one.slices))
         if image is None:
             faults += [Fault(what, reason)] if row.value else []
         elif labels.setdefault(image.image, row.value) != row.value:
             wrong.append(f"lines {lines[image.image]} and {row.line}: different labels for one slice")
         lines.setdefault(image.image if image else "", row.line)
     if wrong:
-        raise LabelError(f"{table} contradicts itself:\n  {_some(wrong)}\ncorrect these lines")
+        raise LabelError(f"{table} contradicts itself:\n  {some(wrong)}\ncorrect these lines")
     if rows and series and not labels:
-        first = faults[0].reason if faults else "and all are blank"
-        raise LabelError(f"{table}: none of {len(rows)} lines belongs to an image in data.images ({first})")
+        reasons = Counter(fault.reason for fault in faults).most_common(1)
+        common = f"{reasons[0][0]}, on {reasons[0][1]} of them" if reasons else "and all are blank"
+        raise LabelError(
+            f"{table}: none of {len(rows)} lines belongs to an image in data.images ({common}); is it this hospital's table, and "
+            "have images the UIDs that they had when they were labelled?"
+        )
     return labels, faults
 
 
-def _some(lines: list[str]) -> str:
-    """The first ten, and how many more."""
-    return "\n  ".join(lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else []))
+def _no_series(row: LabelRow, lost: Mapping[str, str]) -> str:
+    """Why a line's series is not among those that were taken."""
+    if row.series in lost:
+        return f"its series was left out: {lost[row.series]}"
+    return "its series is not in data.images, or its files were left out"
+
+
+def _miscounted(indexes: set[int], slices: int) -> str:
+    """Why the slice numbers of a series cannot be used: with an image missing, every later one would mean its neighbour."""
+    if indexes == set(range(1, slices + 1)):
+        return f"slice_index counts from 1 to {slices}, expected 0 to {slices - 1} from the feet up; subtract 1 on every line"
+    return (
+        f"slice_index counts {len(indexes)} slices up to {max(indexes)}, its series has {slices} usable ones; give every slice a "
+        "line, or name images by sop_uid"
+    )
 
 
 def assign_splits(patients: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:

@@ -20,19 +20,19 @@ from pydicom.uid import UID, RLELossless
 from scipy import ndimage
 
 from client.codecs import plugin_for
-from client.dicom import DicomError, inflated_size
+from client.dicom import DicomError, inflate
 from client.images import CtSlice
+from client.jpeg import check_stream
+from client.refusals import check_tail
 
 AIR_HU = -1024  # what padding outside the reconstructed circle is clamped to
 PADDING_HU = -32768  # declared padding until then: no measurement, and not to be counted as one
 MAX_HU = 3071  # the top of a 12-bit CT scale; metal beyond it carries no information
-PADDING_BELOW_HU = (
-    -900.0
-)  # a padding value above it is a tissue's value too, and counts only where it touches the border
+# A padding value above the first is a tissue's value too, and counts only where it touches the border; one between the two is
+# air's own.
+PADDING_BELOW_HU, LOWEST_AIR_HU = -900.0, -1100.0
 
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-_J2K_SIZE, _J2K_CODING = b"\xff\x4f\xff\x51", b"\xff\x52"  # SOC and SIZ; COD (ITU-T T.800 Annex A)
-_END = b"\xff\xd9"  # of a JPEG, JPEG-LS and JPEG 2000 stream alike
 
 
 def read_hu(image: CtSlice) -> NDArray[np.float32]:
@@ -71,7 +71,7 @@ def read_hu(image: CtSlice) -> NDArray[np.float32]:
     except OSError as error:
         raise DicomError(f"cannot be opened ({error.strerror or type(error).__name__})") from error
     except Exception as error:  # decoders raise types of their own
-        raise DicomError(f"pixels cannot be decoded ({type(error).__name__})") from error
+        raise DicomError(f"pixels in {syntax.name} cannot be decoded: damaged; export the file again") from error
     if stored_YX.shape != image.shape:
         raise DicomError(f"decodes to {stored_YX.shape} pixels, the header says {image.shape}")
     return rescale(stored_YX, image)
@@ -80,7 +80,7 @@ def read_hu(image: CtSlice) -> NDArray[np.float32]:
 def rescale(stored_YX: NDArray[np.integer], image: CtSlice) -> NDArray[np.float32]:
     """Stored values to HU: unused bits off, rescale, declared padding to PADDING_HU."""
     padded_YX = None
-    if image.padding is not None:
+    if image.padding is not None and not _is_air(image):
         low, high = image.padding
         padded_YX = (stored_YX >= low) & (stored_YX <= high)
     unused = 16 - image.bits_stored
@@ -96,6 +96,12 @@ def rescale(stored_YX: NDArray[np.integer], image: CtSlice) -> NDArray[np.float3
             padded_YX = _touching_border(padded_YX)
         hu_YX[padded_YX] = PADDING_HU
     return hu_YX
+
+
+def _is_air(image: CtSlice) -> bool:
+    """Whether the padding value is air's: then it is no mark, and air within the head's picture has it too."""
+    ends = [image.slope * value + image.intercept for value in image.padding or ()]
+    return all(LOWEST_AIR_HU <= end <= PADDING_BELOW_HU for end in ends)
 
 
 def clamp_hu(hu_YX: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -117,10 +123,11 @@ def _read_frame(image: CtSlice, syntax: UID) -> tuple[bytes, bool]:
         element = pydicom.dcmread(image.path).get_item("PixelData")
         pixels = element.value
         with open(image.path, "rb") as file:
-            if element.value_tell + len(pixels) != inflated_size(file):
-                raise DicomError("Pixel Data does not end the deflated part: damaged; export the file again")
-        if len(pixels) != size * image.frames:
-            raise DicomError(f"Pixel Data of {len(pixels)} bytes, expected {size * image.frames}")
+            check_tail(inflate(file)[element.value_tell + len(pixels) :], False, "little")
+        if not 0 <= len(pixels) - size * image.frames < 2 * min(image.shape):
+            raise DicomError(
+                f"Pixel Data of {len(pixels)} bytes, expected {size * image.frames}; export the file again"
+            )
         return pixels[size * image.frame : size * (image.frame + 1)], False
     with open(image.path, "rb") as file:
         start = image.pixel_offset + (8 if syntax.is_implicit_VR else 12)
@@ -132,7 +139,7 @@ def _read_frame(image: CtSlice, syntax: UID) -> tuple[bytes, bool]:
             return pixels, False
         frame = _encapsulated_frame(file, start, image)
     if syntax != RLELossless:
-        _check_stream(frame, image)
+        check_stream(frame, image.shape, image.lossy)
     return encapsulate([frame]), True
 
 
@@ -158,33 +165,3 @@ def _encapsulated_frame(file: BinaryIO, start: int, image: CtSlice) -> bytes:
         file.seek(place)
         parts.append(file.read(length))
     return b"".join(parts)
-
-
-def _check_stream(stream: bytes, image: CtSlice) -> None:
-    """Whether a JPEG-like stream is whole, and of the size that the header says: decoders allocate what it claims."""
-    if _J2K_SIZE in stream[:256]:
-        place = stream.index(_J2K_SIZE)
-        width, height, left, top = struct.unpack(">4I", stream[place + 8 : place + 24])
-        shape = (height - top, width - left)
-        coding = stream.find(_J2K_CODING, place + 24)
-        if 0 <= coding < len(stream) - 13 and stream[coding + 13] == 0 and not image.lossy:
-            raise DicomError(
-                "JPEG 2000 stream with the irreversible transform: lossy, though the header does not say so"
-            )
-    else:
-        shape = _jpeg_shape(stream)
-    if shape != image.shape:
-        raise DicomError(f"compressed picture of {shape} pixels, the header says {image.shape}")
-    if _END not in stream[-16:]:
-        raise DicomError("compressed picture without its end: cut")
-
-
-def _jpeg_shape(stream: bytes) -> tuple[int, int] | None:
-    """Rows and columns in the frame header of a JPEG or JPEG-LS stream (ITU-T T.81 B.2.2); None if there is none."""
-    place = 2
-    while stream[place : place + 1] == b"\xff" and place + 9 <= len(stream):
-        marker, length = stream[place + 1], struct.unpack(">H", stream[place + 2 : place + 4])[0]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack(">2H", stream[place + 5 : place + 9])
-        place += 2 + length
-    return None

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from client.crew import restart_clock
 from client.dicom import DicomError, Fault
-from client.hounsfield import BINS, histogram, implausible
+from client.drawn import Tally
+from client.hounsfield import BINS, histogram, implausible, without_air
 from client.images import CtSlice
-from client.masks import MaskFile, read_mask
+from client.masks import MaskFile, SeriesMasks, read_masks
 from client.pixels import AIR_HU, clamp_hu, read_hu
 from client.resample import head_centre, resample, touches_edge, upright_grid
 from client.series import CtSeries
@@ -78,6 +79,7 @@ class Part:
       hu: int16 (N, 224, 224).
       masks: uint8 (N, 224, 224).
       counts: int64 (BINS,), values of the series as read, see client/hounsfield.py.
+      tallies: the account of each of its mask files; () where the series was left out.
     """
 
     series: str
@@ -88,10 +90,11 @@ class Part:
     hu: NDArray[np.int16] = field(repr=False, compare=False)
     masks: NDArray[np.uint8] = field(repr=False, compare=False)
     counts: NDArray[np.int64] = field(repr=False, compare=False)
+    tallies: tuple[Tally, ...] = ()
 
     @classmethod
     def empty(cls, series: str, patient: str, faults: tuple[Fault, ...]) -> Part:
-        """A series of which nothing can be used."""
+        """A series of which nothing can be used, its masks neither."""
         nothing = (0, SIDE_PX, SIDE_PX)
         return cls(
             series,
@@ -110,32 +113,29 @@ def read_part(job: SeriesJob) -> Part:
     try:
         return _read_part(job)
     except Exception as error:  # one bad series never stops a hospital's ingest
-        what = Fault(f"series {job.series.name}", f"cannot be read ({type(error).__name__}); export it again")
+        full = "too large for this machine's memory; use fewer processes (--workers 1), or export it in parts"
+        damaged = "damaged: its images or masks cannot be read; export it again"
+        what = Fault(f"series {job.series.name}", full if isinstance(error, MemoryError) else damaged)
         return Part.empty(job.series.name, job.series.slices[0].patient, (what,))
 
 
 def _read_part(job: SeriesJob) -> Part:
     """read_part, for what is foreseen."""
-    series, faults, counts = job.series, [], np.zeros(BINS, np.int64)
-    masks: dict[str, NDArray[np.uint8]] = {}
-    for file in job.masks:
-        restart_clock()
-        try:
-            found, remarks = read_mask(file, series, job.key, job.segments)
-            masks |= found
-            faults += remarks
-        except DicomError as error:
-            faults.append(Fault(f"file {file.file}", str(error)))
+    series = job.series
+    found = read_masks(job.masks, series, job.key, job.segments, restart_clock)
+    faults = list(found.faults)
     held = _held(series, faults)
     measured = [(s, held[s.image]) for s in series.slices if held.get(s.image) is not None]
     centre_mm = head_centre(measured) if measured else (0.0, 0.0)
     del measured
-    hu, resampled, rows = [], [], []
+    counts: dict[tuple[float, float], NDArray[np.int64]] = {}  # by rescale: one of several may be wrong
+    hu, masks, rows, rescales = [], [], [], []
     inside = off = 0
     for one, hu_YX in _slices(series, held, centre_mm, faults):
-        counts += histogram(hu_YX)
+        rescales.append((one.slope, one.intercept))
+        counts[rescales[-1]] = counts.get(rescales[-1], 0) + histogram(hu_YX)
         slice_YX = np.rint(resample(clamp_hu(hu_YX), one, centre_mm, fill=AIR_HU)).astype(np.int16)
-        mask_YX = masks.get(one.image)
+        mask_YX = found.masks.get(one.image)
         small_YX = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
         if mask_YX is not None and mask_YX.any():
             small_YX = (resample(mask_YX, one, centre_mm, fill=0) > 0.5).astype(np.uint8)
@@ -143,26 +143,61 @@ def _read_part(job: SeriesJob) -> Part:
         flags = (*series.flags, "head-cut") if touches_edge(slice_YX) else series.flags
         rows.append(PartRow(one.image, round(one.height_mm, 2), mask_YX is not None, flags, _content(slice_YX)))
         hu.append(slice_YX)
-        resampled.append(small_YX)
-    reason = implausible(counts) if rows else None
-    if reason:
-        rows, hu, resampled = [], [], []
-        faults.append(Fault(f"series {series.name}", reason))
+        masks.append(small_YX)
+    good = _plausible(job.series, rows, rescales, counts, faults)
     if off > OFF_HEAD_SHARE * inside:
         faults.append(
             Fault(f"series {series.name}", f"{off} of {inside} pixels of its mask lie in air: is it its mask?")
         )
-    shape = (len(rows), SIDE_PX, SIDE_PX)
+    shape = (len(good), SIDE_PX, SIDE_PX)
+    rows = [rows[n] for n in good]
     return Part(
         series=series.name,
         patient=series.slices[0].patient,
         spacing_mm=series.spacing_mm,
         rows=tuple(rows),
         faults=tuple(faults),
-        hu=np.array(hu, np.int16).reshape(shape),
-        masks=np.array(resampled, np.uint8).reshape(shape),
-        counts=counts,
+        hu=np.array([hu[n] for n in good], np.int16).reshape(shape),
+        masks=np.array([masks[n] for n in good], np.uint8).reshape(shape),
+        counts=sum(counts.values(), np.zeros(BINS, np.int64)),
+        tallies=_accounts(found, {row.image for row in rows}),
     )
+
+
+def _plausible(
+    series: CtSeries,
+    rows: list[PartRow],
+    rescales: list[tuple[float, float]],
+    counts: dict[tuple[float, float], NDArray[np.int64]],
+    faults: list[Fault],
+) -> list[int]:
+    """Numbers of the rows whose values can be HU: all of a series or none, but that rescales are looked at one by one."""
+    reason = implausible(sum(counts.values(), np.zeros(BINS, np.int64))) if rows else None
+    wrong = {rescale for rescale, one in counts.items() if len(counts) > 1 and without_air(one)}
+    if reason and wrong and len(wrong) < len(counts):
+        rest = [one for rescale, one in counts.items() if rescale not in wrong]
+        reason = implausible(sum(rest, np.zeros(BINS, np.int64)))
+    if reason:
+        faults.append(Fault(f"series {series.name}", reason))
+        return []
+    names = {s.image: image_name(s) for s in series.slices}
+    for row, (slope, intercept) in zip(rows, rescales, strict=True):
+        if (slope, intercept) in wrong:
+            reason = (
+                f"no air near -1000 HU with its RescaleSlope {slope:g} and RescaleIntercept {intercept:g}, which are not those of all "
+                "slices of its series; export the series again"
+            )
+            faults.append(Fault(names[row.image], reason))
+    return [n for n, rescale in enumerate(rescales) if rescale not in wrong]
+
+
+def _accounts(found: SeriesMasks, used: set[str]) -> tuple[Tally, ...]:
+    """The accounts of a series' mask files; a piece on a slice that is not used is left out with it."""
+    tallies = []
+    for tally in found.tallies:
+        gone = sum(count for image, count in found.pieces.get(tally.file, {}).items() if image not in used)
+        tallies.append(tally.left_out(gone, "on slices that could not be used"))
+    return tuple(tallies)
 
 
 def _content(slice_YX: NDArray[np.int16]) -> str:
@@ -212,6 +247,16 @@ def _read(one: CtSlice, faults: list[Fault]) -> NDArray[np.float32] | None:
     except DicomError as error:
         faults.append(Fault(image_name(one), str(error)))
         return None
+
+
+def middle_slice(series: CtSeries) -> NDArray[np.int16] | None:
+    """A series' middle slice on the cache's grid, whatever its values, to be looked at; None if it cannot be read."""
+    one = series.slices[len(series.slices) // 2]
+    try:
+        hu_YX = clamp_hu(read_hu(one))
+    except DicomError:
+        return None
+    return np.rint(resample(hu_YX, one, head_centre([(one, hu_YX)]), fill=AIR_HU)).astype(np.int16)
 
 
 def image_name(one: CtSlice) -> str:

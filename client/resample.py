@@ -135,5 +135,10 @@ def resample(pixels_YX: NDArray, image: CtSlice, centre_mm: tuple[float, float],
 
 def touches_edge(hu_YX: NDArray[np.int16]) -> bool:
     """Whether tissue reaches the edge of the field, so that part of the head may be missing."""
-    edge = np.concatenate([hu_YX[0], hu_YX[-1], hu_YX[:, 0], hu_YX[:, -1]])
-    return bool((edge > TISSUE_HU).mean() > 0.02)
+    return edge_share(hu_YX) > 0.02
+
+
+def edge_share(hu_NYX: NDArray[np.int16]) -> float:
+    """Share of the edge of one or more slices, int16 (..., Y, X), that is tissue; 0 without slices."""
+    edge = np.concatenate([hu_NYX[..., 0, :], hu_NYX[..., -1, :], hu_NYX[..., :, 0], hu_NYX[..., :, -1]], axis=-1)
+    return float((edge > TISSUE_HU).mean()) if edge.size else 0.0

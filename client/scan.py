@@ -17,11 +17,15 @@ from pathlib import Path
 from client.crew import ENDED_ITS_READER, Crew
 from client.dicom import DicomError, Fault, pseudonym, read_dicom
 from client.images import CtSlice, images_of
-from client.masks import MaskFile, dicom_mask, is_mask, is_picture, picture_mask
+from client.masks import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask
 from shared.site import Site
 
-READER_VERSION = 1  # of what is read from a file; records of another version are read again
+READER_VERSION = 2  # of what is read from a file; records of another version are read again
 _CHUNK = 64  # files per job
+_AMONG_IMAGES = {
+    True: "a mask among the images; name its folder as data.masks in site.yaml",
+    False: "a PNG or NIfTI among the images: of a mask, name the folder as data.masks in site.yaml; a CT image, export it as DICOM",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +215,10 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
             raise DicomError("an empty file")
         if is_picture(found.path, head):
             return Record(mask=picture_mask(found.path, head, key, found.code))
+        if head[128:] != b"DICM" and other_format(found.path):
+            raise DicomError(
+                f"a {other_format(found.path)} file, which is not read; save the mask as DICOM SEG or NIfTI"
+            )
         dicom = read_dicom(found.path)
         if is_mask(dicom) or found.place == "masks":
             return Record(mask=dicom_mask(dicom, found.path, key, found.code))
@@ -219,8 +227,8 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
         return Record(fault=str(error))
     except OSError as error:
         return Record(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
-    except Exception as error:  # one bad file never stops a hospital's ingest
-        return Record(fault=f"cannot be read ({type(error).__name__})")
+    except Exception:  # one bad file never stops a hospital's ingest
+        return Record(fault="damaged: its content cannot be read; export the file again")
 
 
 def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | None) -> Scan:
@@ -236,16 +244,14 @@ def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | 
         elif f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
             mask_files.append(record.mask)
         else:
-            faults.append(Fault(what, "a mask among the images; name its folder as data.masks in site.yaml"))
+            faults.append(Fault(what, _AMONG_IMAGES[record.mask.kind in ("seg", "rtstruct")]))
     for (first, record), *others in instances.values():
         if all(_same_content(first.path, f.path) for f, _ in others):
             images += record.images
             reason = f"the same image as file {first.code}, byte for byte; counted once"
             faults += [Fault(f"file {f.code}", reason) for f, _ in others]
         else:
-            reason = (
-                f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken"
-            )
+            reason = f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken; export them again"
             faults += [Fault(f"file {f.code}", reason) for f in (first, *(f for f, _ in others))]
     return Scan(pairs, images, mask_files, faults)
 

@@ -19,7 +19,8 @@ from client.images import CtSlice, normal_of
 
 SAME_PLACE_MM = 0.01  # two slices nearer than this are at one position
 UNEVEN = 1.5  # a gap this many times the median is a missing slice or a change of spacing
-DIRECTION_DIGITS = 3  # writers round direction cosines differently from slice to slice
+DIRECTION_TOLERANCE = 0.001  # of a cosine, .06 degree: writers round directions differently from slice to slice
+SPACING_TOLERANCE = 0.001  # mm; half a pixel over a picture of 512
 TILT_DEGREE = 1.0  # between the tilt that the orientation shows and the tag
 USUAL_THICKNESS_MM = 5.0  # non-contrast head CT is read at 5 mm (PHANTOM: 2.5 to 10)
 
@@ -37,9 +38,9 @@ class CtSeries:
 
     Attributes:
       name: keyed hash of the series.
-      slices: at least one, of one patient, orientation, pixel grid and rescale.
+      slices: at least one, of one patient, orientation and pixel grid.
       flags: what is unusual and does not spoil the series: "uneven", "tilt-differs", "sharp-kernel", "derived",
-        "contrast", "lossy".
+        "contrast", "lossy", "space-per-slice".
     """
 
     name: str
@@ -53,89 +54,134 @@ class CtSeries:
         return float(np.median(np.diff(heights))) if len(heights) > 1 else 0.0
 
     @property
+    def sheared_mm(self) -> float:
+        """How far the slices are shifted against each other in their own plane, from the first to the last: a gantry's tilt."""
+        first, last = self.slices[0], self.slices[-1]
+        way = np.subtract(last.position_mm, first.position_mm)
+        return max(abs(float(way @ np.array(first.row_direction))), abs(float(way @ np.array(first.column_direction))))
+
+    @property
     def tilt_degree(self) -> float:
         """Angle between the slices' normal and the patient's axis, from the orientation."""
         normal = normal_of(self.slices[0].row_direction, self.slices[0].column_direction)
         return math.degrees(math.acos(min(1.0, abs(normal[2]) / math.hypot(*normal))))
 
 
-def build_series(images: Iterable[CtSlice]) -> tuple[list[CtSeries], list[Fault]]:
+def build_series(images: Iterable[CtSlice]) -> tuple[list[CtSeries], list[CtSeries], list[Fault]]:
     """Series of images, in order of their name.
 
     Args:
       images: of any number of series, each image once.
     Returns:
-      Series, and what does not hold together: slices unlike the rest of their series, and whole series.
+      Series; those that do not hold together, as they are, to be looked at and not to be used; and why: slices unlike the
+      rest of their series, and whole series.
     """
     by_series: dict[str, list[CtSlice]] = defaultdict(list)
     for image in images:
         by_series[image.series].append(image)
-    built, faults = [], []
+    built, refused, faults = [], [], []
     for name, members in sorted(by_series.items()):
         series, found = _build_one(name, members)
         built += [series] if series else []
+        refused += [] if series else [CtSeries(name, tuple(sorted(members, key=lambda s: (s.height_mm, s.image))))]
         faults += found
-    return built, faults
+    return built, refused, faults
 
 
 def _build_one(name: str, members: list[CtSlice]) -> tuple[CtSeries | None, list[Fault]]:
     """One series, or why it cannot be used."""
     what = f"series {name}"
     if len({(s.patient, s.study) for s in members}) > 1:
-        return None, [Fault(what, "its images name several patients or studies, expected one; export it again")]
-    alike = Counter(_signature(s) for s in members)
-    usual, count = alike.most_common(1)[0]
-    if 2 * count <= len(members) and len(alike) > 1:
-        differing = " and ".join(
-            name for name, values in zip(_SHARED, zip(*alike, strict=True), strict=True) if len(set(values)) > 1
-        )
-        return None, [
-            Fault(what, f"its {len(members)} images differ in {differing}; expected one kind; split the series")
-        ]
-    faults = []
-    for s in members:
-        differing = " and ".join(name for name, a, b in zip(_SHARED, _signature(s), usual, strict=True) if a != b)
-        if differing:
-            faults.append(
-                Fault(f"file {s.file}", f"differs from the {count} other images of its series in {differing}")
-            )
-    slices = tuple(sorted((s for s in members if _signature(s) == usual), key=lambda s: (s.height_mm, s.image)))
-    heights = np.array([s.height_mm for s in slices])
-    gaps = np.diff(heights)
-    if len(gaps) and gaps.min() < SAME_PLACE_MM:
-        double = int((gaps < SAME_PLACE_MM).sum())
+        reason = "its images name several patients or studies, expected one; export it again, or have its anonymiser keep one"
+        return None, [Fault(what, reason)]
+    members, shared_space = _with_one_space(members)
+    groups = _alike(members)
+    kinds = Counter(groups)
+    usual, count = kinds.most_common(1)[0]
+    examples = {group: _signature(s) for group, s in zip(reversed(groups), reversed(members), strict=True)}
+    if 2 * count <= len(members) and len(kinds) > 1:
         reason = (
-            f"{double} of {len(slices)} slices at the position of another, expected one each; export one series each"
+            f"its {len(members)} images differ in {_differing(*examples.values())}; expected one kind; split the series"
         )
+        return None, [Fault(what, reason)]
+    faults = [
+        Fault(
+            f"file {s.file}",
+            f"differs from the {count} other images of its series in {_differing(examples[group], examples[usual])}",
+        )
+        for s, group in zip(members, groups, strict=True)
+        if group != usual
+    ]
+    row, column = examples[usual][-1][:3], examples[usual][-1][3:]
+    alike = [
+        replace(s, row_direction=row, column_direction=column)  # one for all, or a height would depend on rounding
+        for s, group in zip(members, groups, strict=True)
+        if group == usual
+    ]
+    slices = tuple(sorted(alike, key=lambda s: (s.height_mm, s.image)))
+    double = sum(gap < SAME_PLACE_MM for gap in np.diff([s.height_mm for s in slices]))
+    if double:
+        reason = (
+            f"{double} of {len(slices)} slices at the position of another and not equal to it, expected one each; export one series "
+            "each"
+        )
+        if double == len(slices) - 1:
+            reason = f"all {len(slices)} slices have one position, so ImagePositionPatient was overwritten; export the original geometry"
         return None, [*faults, Fault(what, reason)]
     series = CtSeries(name, slices)
-    return replace(series, flags=_flags(series)), faults
+    flags = _flags(series) if shared_space else ("space-per-slice", *_flags(series))
+    return replace(series, flags=flags), faults
 
 
-_SHARED = (
-    "pixel grid",
-    "pixel spacing",
-    "orientation",
-    "storage",
-    "rescale",
-    "kernel",
-    "frame of reference",
-    "compression",
-)
+def _with_one_space(members: list[CtSlice]) -> tuple[list[CtSlice], bool]:
+    """The images of a series, and whether they share frames of reference.
+
+    Some anonymisers give every slice a FrameOfReferenceUID of its own; positions stay what they were, and a frame of
+    reference that nothing shares says nothing.
+    """
+    spaces = {s.space for s in members}
+    if len(members) < 3 or len(spaces) < len(members):
+        return members, True
+    return [replace(s, space="") for s in members], False
+
+
+_SHARED = ("pixel grid", "kernel", "frame of reference", "compression", "pixel spacing", "orientation")
+_EXACT = 4  # so many of these must be equal; the others are numbers that writers round from slice to slice
+_TOLERANCES = (SPACING_TOLERANCE, DIRECTION_TOLERANCE)
 
 
 def _signature(s: CtSlice) -> tuple:
-    """What all images of one series share, in the order of _SHARED."""
-    return (
-        s.shape,
-        tuple(round(v, 4) for v in s.spacing_mm),
-        tuple(round(v, DIRECTION_DIGITS) + 0.0 for v in (*s.row_direction, *s.column_direction)),
-        (s.bits_stored, s.signed, s.padding),
-        (s.slope, s.intercept),
-        s.kernel,
-        s.space,
-        s.lossy,
-    )
+    """What all images of one series share, in the order of _SHARED.
+
+    How pixels are stored and rescaled is not among them: HU are right all the same, or client/reading.py finds that not.
+    """
+    return s.shape, s.kernel, s.space, s.lossy, s.spacing_mm, (*s.row_direction, *s.column_direction)
+
+
+def _alike(members: list[CtSlice]) -> list[int]:
+    """Per image, which group of alike images it belongs to; the commonest signature is looked at first."""
+    counts = Counter(_signature(s) for s in members)
+    leaders: list[tuple] = []
+    group_of: dict[tuple, int] = {}
+    for signature, _ in counts.most_common():
+        near = (n for n, leader in enumerate(leaders) if not _differing(signature, leader))
+        group_of[signature] = next(near, len(leaders))
+        if group_of[signature] == len(leaders):
+            leaders.append(signature)
+    return [group_of[_signature(s)] for s in members]
+
+
+def _differing(*signatures: tuple) -> str:
+    """In what signatures differ by more than rounding, in words; "" if in nothing."""
+    found = []
+    for place, name in enumerate(_SHARED):
+        values = [signature[place] for signature in signatures]
+        if place < _EXACT:
+            differ = len(set(values)) > 1
+        else:
+            differ = np.ptp(np.array(values), axis=0).max() > _TOLERANCES[place - _EXACT]
+        found += [name] if differ else []
+    return " and ".join(found)
 
 
 def _flags(series: CtSeries) -> tuple[str, ...]:

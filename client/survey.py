@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 
 from client.crew import ENDED_ITS_READER, Crew, WorkerEnded
 from client.dicom import Fault
-from client.labels import annotated_series, match_labels, read_labels
+from client.label_table import read_labels
+from client.labels import annotated_series, match_labels
 from client.masks import match_masks
 from client.reading import Part, SeriesJob, can_read, image_name, read_part
+from client.resent import without_copies
 from client.scan import READER_VERSION, FoundFile, Record, Scan, scan
 from client.series import Choice, CtSeries, build_series, choose
 from shared.site import Site
 
-PART_VERSION = 1  # of what read_part makes; parts of another version are made again
+PART_VERSION = 2  # of what read_part makes; parts of another version are made again
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -34,6 +36,8 @@ class Survey:
       choices: which series of each study was taken, and why.
       labels: image name -> "1", "0" or "".
       faults: what was left out so far.
+      series_found: every series that holds together, taken or not.
+      refused: those that do not, to be looked at.
     """
 
     scan: Scan
@@ -41,6 +45,8 @@ class Survey:
     choices: tuple[Choice, ...]
     labels: dict[str, str]
     faults: tuple[Fault, ...]
+    series_found: tuple[CtSeries, ...]
+    refused: tuple[CtSeries, ...]
 
     def series(self) -> list[CtSeries]:
         """The series that were taken."""
@@ -66,14 +72,16 @@ def survey(
     """
     rows = read_labels(site)  # before the long part: a table's faults are soon mended
     found = scan(site, files, known, crew, lambda done, total: progress("headers", done, total), keep)
-    series, series_faults = build_series(found.images)
+    images, copies = without_copies(found.images, crew)
+    series, refused, series_faults = build_series(images)
     masks, mask_faults = match_masks(found.masks, series)
     taken, choices, left = choose(series, annotated_series(rows, masks))
-    labels, label_faults = match_labels(rows, taken, site.labels.name if site.labels else "")
+    lost = {fault.what.removeprefix("series "): fault.reason for fault in (*series_faults, *left)}
+    labels, label_faults = match_labels(rows, taken, site.labels.name if site.labels else "", lost)
     key = site.key()
     jobs = tuple(SeriesJob(one, tuple(masks.get(one.name, ())), key, site.segments) for one in taken)
-    faults = (*found.faults, *series_faults, *mask_faults, *left, *label_faults)
-    return Survey(found, jobs, tuple(choices), labels, faults)
+    faults = (*found.faults, *copies, *series_faults, *mask_faults, *left, *label_faults)
+    return Survey(found, jobs, tuple(choices), labels, faults, tuple(series), tuple(refused))
 
 
 def fingerprints(survey: Survey) -> list[str]:
@@ -83,7 +91,7 @@ def fingerprints(survey: Survey) -> list[str]:
     for job in survey.jobs:
         content = [
             [READER_VERSION, PART_VERSION],
-            [(s.file, stamps[s.file], s.frame) for s in job.series.slices],
+            [(s.file, stamps[s.file], s.frame, s.copies) for s in job.series.slices],
             [(m.file, stamps[m.file]) for m in job.masks],
             job.segments if job.masks else None,
         ]

@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from client.dicom import DicomError, Fault
 from client.images import read_images
-from client.masks import MaskFile, match_masks, read_mask
+from client.masks import MaskFile, match_masks, read_masks
 from client.scan import FoundFile, scan_file
 from client.series import CtSeries, build_series
 
@@ -30,7 +30,7 @@ def read_one(path: Path) -> MaskFile:
 
 
 def series_of(*paths: Path) -> list[CtSeries]:
-    series, faults = build_series(image for path in paths for image in read_images(path, KEY))
+    series, _, faults = build_series(image for path in paths for image in read_images(path, KEY))
     assert faults == []
     return series
 
@@ -43,9 +43,13 @@ def masks_of(
     assert faults == []
     ((name, (mask,)),) = matched.items()
     (one,) = [s for s in series if s.name == name]
-    found, remarks = read_mask(mask, one, KEY, segments)
-    assert all(m.dtype == np.uint8 and set(np.unique(m)) <= {0, 1} for m in found.values())
-    return [found.get(s.image) for s in one.slices], remarks
+    read = read_masks([mask], one, KEY, segments)
+    (tally,) = read.tallies
+    assert tally.total == mask.pieces or mask.kind == "nifti"  # whose layers may run along another axis
+    if not tally.taken and read.faults:
+        raise DicomError(read.faults[0].reason)
+    assert all(m.dtype == np.uint8 and set(np.unique(m)) <= {0, 1} for m in read.masks.values())
+    return [read.masks.get(s.image) for s in one.slices], list(read.faults)
 
 
 def volume(path: Path, series: list[CtSeries], segments: Sequence[str | int] = ()) -> np.ndarray:

@@ -108,7 +108,9 @@ def test_labels_that_match_nothing(copied_hospitals: SmallHospitals) -> None:
     edit_labels(site, lambda rows: rows[2].update(sop_uid="2.25.999"))
     result = run_check(copied_hospitals.files["hospital-01"])
     assert result.exit_code == 1
-    assert "problem: 1 lines of labels.csv match nothing; first, labels.csv line 4" in result.output
+    assert (
+        "problem: 1 lines of labels.csv match nothing: its sop_uid is no image of its series, or was left out; first, labels.csv line 4"
+    ) in result.output
 
 
 def test_a_label_table_that_cannot_be_read(copied_hospitals: SmallHospitals) -> None:
@@ -134,8 +136,9 @@ def test_one_patient_with_two_identifiers_in_two_splits(copied_hospitals: SmallH
             ds.save_as(path)
     found = look(site)
     assert not found.ready
-    (problem,) = found.problems
-    assert "3 pictures belong to several patients that are in different splits" in problem
+    leak, bare = found.problems
+    assert "24 of 54 slices have no mask" in bare
+    assert "3 pictures belong to several patients that are in different splits" in leak
 
 
 def test_one_patient_with_two_identifiers_before_splits_are_known(copied_hospitals: SmallHospitals) -> None:
@@ -267,3 +270,56 @@ def test_find_knows_the_codes_of_a_check_before_the_first_ingest(copied_hospital
     result = RUNNER.invoke(app, ["find", str(file), fault.what.removeprefix("file ")])
     assert str(victim) in result.output.replace("\n", "")
     assert not (file.parent / "state").exists()
+
+
+def test_series_that_are_left_out_are_drawn_too(copied_hospitals: SmallHospitals) -> None:
+    site = copied_hospitals.site("hospital-01")
+    patients = {pydicom.dcmread(p, stop_before_pixels=True).PatientID for p in site.images.rglob("IM*")}
+    lost, twice = sorted(patients)[:2]
+    edit_images(site, lambda ds: setattr(ds, "RescaleIntercept", ds.RescaleIntercept + 1024), {lost})
+    edit_images(site, lambda ds: setattr(ds, "ImagePositionPatient", [0, 0, 0]), {twice})
+    found = look(site)
+    assert [picture.refused for picture in found.pictures] == [False] * 8 + [True] * 2
+    assert all(picture.title.startswith("left out ") for picture in found.pictures[8:])
+    assert all(len(np.unique(picture.hu)) > 20 for picture in found.pictures)
+    assert contact_sheet(found.pictures)
+    assert found.problems[0].startswith("2 of 10 patients are left out with all they have: ")
+
+
+def test_the_account_of_masks_closes_and_stands_in_the_answer(copied_hospitals: SmallHospitals) -> None:
+    file = copied_hospitals.files["hospital-01"]
+    site = copied_hospitals.site("hospital-01")
+    frames = sum(int(pydicom.dcmread(p).NumberOfFrames) for p in site.masks.iterdir())
+    one, *_ = sorted(site.masks.iterdir())
+    inside = int(pydicom.dcmread(one).NumberOfFrames)
+    one.write_bytes(one.read_bytes()[:-200])
+    run_check(file)
+    (kind,) = json.loads((file.parent / "check.json").read_text())["masks"].items()
+    assert kind[0] == "frames"
+    assert (kind[1]["in"], kind[1]["taken"]) == (frames, frames - inside)
+    (group,) = kind[1]["left_out"]
+    assert group["count"] == inside
+    assert "Pixel Data" in group["reason"] or "damaged" in group["reason"]
+    assert "<td>frames</td>" in (file.parent / "check.html").read_text()
+
+
+def test_small_splits_say_what_stays_in_the_hospital(copied_hospitals: SmallHospitals) -> None:
+    file = copied_hospitals.files["hospital-01"]
+    edit_site(file, policy={"release": ["encoder"], "metrics": True, "min_patients": 5})
+    result = run_check(file)
+    assert result.exit_code == 0, "a small hospital is ready all the same"
+    assert (
+        "note: split test has 2 patients, fewer than policy.min_patients (5): the numbers of its test stay"
+        in result.output
+    )
+    assert "the encoder takes part all the same" in result.output
+    assert "split train" not in result.output
+
+
+def test_codes_are_explained_where_they_stand(copied_hospitals: SmallHospitals) -> None:
+    file = copied_hospitals.files["hospital-01"]
+    site = copied_hospitals.site("hospital-01")
+    next(site.images.rglob("IM*")).write_bytes(b"not DICOM")
+    output = run_check(file).output.replace("\n", " ")
+    assert "what a code of 16 letters and digits stands for: hemafed-client find" in output
+    assert "shows on your screen what a code stands for" in (file.parent / "check.html").read_text()

@@ -35,9 +35,9 @@ from pydicom.uid import (
 )
 
 from client.crew import Crew
-from client.dicom import DicomError, silence_readers
+from client.dicom import silence_readers
 from client.images import CtSlice
-from client.masks import match_masks, read_mask
+from client.masks import match_masks, read_masks
 from client.reading import Part, SeriesJob, read_part
 from client.scan import FoundFile, Record, scan_file
 from client.series import build_series, choose
@@ -143,7 +143,7 @@ def test_a_damaged_image_is_right_or_left_out(syntax: str, damage: Damage, place
     changed, flipped = damage.apply(files[VICTIM])
     (folder / f"{VICTIM}").write_bytes(changed)
     images = [image for n in range(5) for image in scanned(folder / f"{n}").images]
-    series, _ = build_series(images)
+    series, _, _ = build_series(images)
     for one in choose(series, {})[0]:
         (part,) = _parts(one, syntax, crew)
         shown = {row.image for row in part.rows}
@@ -172,7 +172,7 @@ def _whole(place: Path, syntax: str) -> dict[str, np.ndarray]:
     folder.mkdir(exist_ok=True)
     for n, data in enumerate(valid_files(syntax, place)):
         (folder / f"{n}").write_bytes(data)
-    (series,), _ = build_series(image for n in range(5) for image in scanned(folder / f"{n}").images)
+    (series,), _, _ = build_series(image for n in range(5) for image in scanned(folder / f"{n}").images)
     part = read_part(SeriesJob(series, (), KEY, ()))
     return {image.file: part.hu[n] for n, image in enumerate(series.slices)}
 
@@ -201,7 +201,7 @@ def mask_files(place: Path) -> tuple[tuple[Path, ...], dict[str, bytes]]:
 @given(damage=DAMAGE)
 def test_a_damaged_mask_is_a_mask_or_a_reason(name: str, damage: Damage, place: Path) -> None:
     images, files = mask_files(place)
-    (series,), _ = build_series(image for path in images for image in scanned(path).images)
+    (series,), _, _ = build_series(image for path in images for image in scanned(path).images)
     folder = place / "masks"
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(damage.apply(files[name])[0])
@@ -211,10 +211,8 @@ def test_a_damaged_mask_is_a_mask_or_a_reason(name: str, damage: Damage, place: 
     matched, faults = match_masks([record.mask], [series])
     assert bool(matched) != bool(faults)
     for (mask,) in matched.values():
-        try:
-            found, _ = read_mask(mask, series, KEY, ())
-        except DicomError:
-            continue
-        for pixels_YX in found.values():
+        read = read_masks([mask], series, KEY, ())
+        assert read.masks or read.faults
+        for pixels_YX in read.masks.values():
             assert (pixels_YX.shape, pixels_YX.dtype) == ((64, 64), np.uint8)
             assert pixels_YX.max() <= 1

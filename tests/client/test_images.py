@@ -145,7 +145,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "slope of nothing": (lambda p: write_ct(p, RescaleSlope=0), "RescaleSlope 0"),
     "no series": (lambda p: write_ct(p, SeriesInstanceUID=None), "without SeriesInstanceUID"),
     "no study": (lambda p: write_ct(p, StudyInstanceUID=None), "without StudyInstanceUID"),
-    "no patient": (lambda p: write_ct(p, patient=""), "without PatientID"),
+    "no patient": (lambda p: write_ct(p, patient=""), "PatientID is empty, .* give each patient an ID of its own"),
     "8 bits": (lambda p: write_ct(p, BitsAllocated=8, BitsStored=8, HighBit=7), "BitsAllocated 8"),
     "shifted bits": (lambda p: write_ct(p, BitsStored=12, HighBit=15), "HighBit 15"),
     "absurd": (lambda p: write_ct(p, Rows=65535, Columns=65535), "65535 x 65535 pixels"),

@@ -193,7 +193,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     write("65535 by 65535", "65535 x 65535 pixels, expected 16 to 2048", Rows=65535, Columns=65535)
     write("without SOPInstanceUID", "without SOPInstanceUID; expected in every CT image", SOPInstanceUID=None)
     write("without SeriesInstanceUID", "without SeriesInstanceUID; expected", SeriesInstanceUID=None)
-    write("without PatientID", "without PatientID; expected", PatientID=None)
+    write("without PatientID", "PatientID is empty, so patients cannot be told apart", PatientID=None)
     write("magnetic", "MR Image Storage, expected CT Image Storage", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
     raw = good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.2\0", 1)  # big endian
     (folder / "big endian by its header").write_bytes(raw)
@@ -248,7 +248,7 @@ def test_bad_masks_are_one_line_each_and_cost_no_image(tmp_path: Path) -> None:
     assert cache.has_mask.tolist() == [True, False, False]
     expected = {
         f"{SERIES}.2.png": "mask is (20, 20) pixels, its image (48, 48); expected the same",
-        f"{SERIES}.3.png": "mask cannot be decoded",
+        f"{SERIES}.3.png": "cannot be read as PNG: cut or damaged",
         "1.2.99.png": "named after no image in data.images",
         "volume.nii.gz": "cannot be read as NIfTI",
         "letter": "not a DICOM file",

@@ -8,7 +8,8 @@ import pytest
 
 from client.dicom import pseudonym
 from client.ingest import IngestError, ingest
-from client.labels import SPLIT_SHARES, LabelError, annotated_series, assign_splits, read_labels, splits_of
+from client.label_table import LabelError, read_labels
+from client.labels import SPLIT_SHARES, annotated_series, assign_splits, splits_of
 from shared.site import SiteError, read_site
 from tests.small_sites import SERIES, index, ingested, make_site, patients, series_name, three, write_multi_frame
 
@@ -70,7 +71,7 @@ def test_lines_that_match_nothing_are_told_and_the_others_used(tmp_path: Path) -
     cache, report = ingested(file)
     np.testing.assert_array_equal(cache.label, [NAN, 1, NAN])
     assert [(f.what, f.reason) for f in report.faults] == [
-        ("labels.csv line 2", "its series is not in data.images, or was left out"),
+        ("labels.csv line 2", "its series is not in data.images, or its files were left out"),
         ("labels.csv line 3", "its sop_uid is no image of its series, or was left out"),
     ]
 
@@ -97,7 +98,7 @@ def test_slice_index_counts_from_the_feet_up(tmp_path: Path, column: tuple) -> N
     assert report.faults == ()
 
 
-@pytest.mark.parametrize("indexes", [(0, 2), (0, 1, 2, 3), (1, 2, 3), (0, 0, 1)])
+@pytest.mark.parametrize("indexes", [(0, 2), (0, 1, 2, 3), (1, 3), (0, 0, 1)])
 def test_an_incomplete_count_labels_nothing_of_its_series(tmp_path: Path, indexes: tuple) -> None:
     """With one image missing, every later count would mean its neighbour."""
     lines = [f"{SERIES},{n},1\n" for n in indexes] + ["1.2.826.1.7,0,1\n", "1.2.826.1.7,1,0\n"]
@@ -108,6 +109,13 @@ def test_an_incomplete_count_labels_nothing_of_its_series(tmp_path: Path, indexe
         f"slice_index counts {len(set(indexes))} slices up to {max(indexes)}, its series has 3"
         in report.faults[0].reason
     )
+
+
+def test_a_count_that_begins_with_one_is_called_so(tmp_path: Path) -> None:
+    lines = [f"{SERIES},{n},1\n" for n in (1, 2, 3)] + ["1.2.826.1.7,0,1\n", "1.2.826.1.7,1,0\n"]
+    _, report = ingested(make_site(tmp_path, three() | patients(7), labels=COUNTED + "".join(lines)))
+    expected = "slice_index counts from 1 to 3, expected 0 to 2 from the feet up; subtract 1 on every line"
+    assert [f.reason for f in report.faults] == [expected] * 3
 
 
 def test_an_image_that_is_left_out_makes_the_count_unsafe(tmp_path: Path) -> None:

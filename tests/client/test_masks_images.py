@@ -7,12 +7,13 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import Dataset
 
-from client.dicom import DicomError, Fault
-from client.masks import match_masks, read_mask
+from client.dicom import DicomError
+from client.masks import match_masks, read_masks
 from client.scan import FoundFile, scan_file
 from tests.dicom_files import write_series
-from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume
+from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume, write_seg
 
 # NIfTI
 
@@ -76,7 +77,10 @@ def test_numbers_of_a_label_map(tmp_path: Path, images: list[Path]) -> None:
     series, affine = series_of(*images), grid_of("LPS", (64, 64, 4), (1, 1, 5))
     labels = (truth() + 2 * np.roll(truth(), 20, axis=2)).transpose(2, 1, 0)
     path = nifti(tmp_path / "m.nii", labels, affine)
-    refused(path, series, r"2 segments \(1; 2\): expected one")
+    for segments in ((), ("Hematoma",)):
+        refused(
+            path, series, r"numbers 1, 2 and no names: .* name its number in site.yaml, as data.segment: 1", segments
+        )
     np.testing.assert_array_equal(volume(path, series, (1,)), truth())
     np.testing.assert_array_equal(volume(path, series, ("Hematoma", 1, 2)), truth() | np.roll(truth(), 20, axis=2))
     assert volume(path, series, (7,)).sum() == 0
@@ -123,7 +127,7 @@ def test_pngs_of_one_series_add_up(tmp_path: Path, images: list[Path]) -> None:
     [
         (np.zeros((32, 64), np.uint8), r"mask is \(32, 64\) pixels, its image \(64, 64\)"),
         (np.zeros((64, 64, 3), np.uint8), "mode RGB, expected one channel"),
-        (np.arange(64 * 64, dtype=np.uint8).reshape(64, 64), r"255 segments .* expected one"),
+        (np.arange(64 * 64, dtype=np.uint8).reshape(64, 64), r"numbers 1, 2, 3, 4, 5, 6, 7, 8 and no names"),
     ],
 )
 def test_a_png_that_is_no_mask(tmp_path: Path, images: list[Path], pixels: np.ndarray, match: str) -> None:
@@ -142,8 +146,89 @@ def test_the_file_names_of_masks_and_their_uids_are_in_no_fault(tmp_path: Path, 
         record = scan_file(FoundFile(path, "0123", "masks", ""), KEY, False)
         matched, faults = match_masks([record.mask], series)
         for files in matched.values():
-            with pytest.raises(DicomError) as caught:
-                read_mask(files[0], series[0], KEY, ())
-            faults.append(Fault("", str(caught.value)))
+            read = read_masks(files, series[0], KEY, ())
+            assert read.masks == {}
+            faults += read.faults
         assert faults
         assert not any(text in str(faults) for text in ("Doe", "1.2.826", str(tmp_path)))
+
+
+def test_a_qform_against_the_sform_is_refused(tmp_path: Path, images: list[Path]) -> None:
+    """nibabel believes the sform, ITK the qform: one of them reads the mirror image."""
+    affine = grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    mirrored = grid_of("RPS", (64, 64, 4), (1, 1, 5))
+    image = nibabel.Nifti1Image(truth().transpose(2, 1, 0), affine)
+    image.header.set_qform(mirrored, 1)
+    image.header.set_sform(affine, 1)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    with pytest.raises(DicomError, match=r"qform and sform contradict each other by 63.0 voxels.*DICOM SEG"):
+        read_one(tmp_path / "m.nii.gz")
+    image.header.set_qform(affine, 1)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(volume(tmp_path / "m.nii.gz", series_of(*images)), truth())
+
+
+def test_a_nifti_without_qform_and_sform_is_refused(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(truth().transpose(2, 1, 0), None)
+    image.header.set_qform(None, 0)
+    image.header.set_sform(None, 0)
+    nibabel.save(image, tmp_path / "m.nii.gz")
+    with pytest.raises(DicomError, match="neither qform nor sform"):
+        read_one(tmp_path / "m.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["M.NII", "M.NII.GZ", "m.Nii.gz"])
+def test_suffixes_in_any_case(tmp_path: Path, images: list[Path], name: str) -> None:
+    args = truth().transpose(2, 1, 0), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    shutil.move(nifti(tmp_path / ("m.nii.gz" if name.lower().endswith("gz") else "m.nii"), *args), tmp_path / name)
+    np.testing.assert_array_equal(volume(tmp_path / name, series_of(*images)), truth())
+    shutil.move(png(tmp_path, "1.2.826.1.2", truth()[1]), tmp_path / "1.2.826.1.2.PNG")
+    assert masks_of(tmp_path / "1.2.826.1.2.PNG", series_of(*images))[0][1].any()
+
+
+def test_layers_beside_the_series_are_counted_and_missed_only_where_something_is_drawn(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    voxels, affine = np.zeros((64, 64, 7), np.uint8), grid_of("LPS", (64, 64, 7), (1, 1, 5))
+    voxels[..., :4] = truth().transpose(2, 1, 0)
+    voxels[5:9, 5:9, 5] = 1
+    path = nifti(tmp_path / "1.2.826.1.nii.gz", voxels, affine)
+    (series,) = series_of(*images)
+    read = read_masks([read_one(path)], series, KEY, ())
+    (tally,) = read.tallies
+    assert (tally.total, tally.taken, dict(tally.left)) == (
+        7,
+        4,
+        {"at a place where its series has no image": 1, "empty, at a place where its series has no image": 2},
+    )
+    assert [f.reason for f in read.faults] == ["1 of its 7 layers left out: at a place where its series has no image"]
+
+
+def test_white_where_another_number_is_named(tmp_path: Path, images: list[Path]) -> None:
+    """0 and 255 with data.segment 1 would be an empty mask."""
+    path = png(tmp_path, "1.2.826.1.2", truth()[1] * np.uint8(255))
+    refused(path, series_of(*images), r"black and white mask \(0 and 255\).* add 255 to data.segment", (1,))
+    assert masks_of(path, series_of(*images), (1, 255))[0][1].any()
+
+
+def test_two_label_maps_of_one_series(tmp_path: Path, images: list[Path]) -> None:
+    (series,), affine = series_of(*images), grid_of("LPS", (64, 64, 4), (1, 1, 5))
+    a, b = truth().transpose(2, 1, 0).copy(), truth().transpose(2, 1, 0).copy()
+    a[..., 0], b[..., 1:] = 0, 0
+    files = [read_one(nifti(tmp_path / f"{n}.nii.gz", one, affine)) for n, one in enumerate((a, b))]
+    read = read_masks(files, series, KEY, ())
+    np.testing.assert_array_equal(np.stack([read.masks[s.image] for s in series.slices]), truth())
+
+
+def test_masks_of_two_kinds_are_left_out_both(tmp_path: Path, images: list[Path], datasets: list[Dataset]) -> None:
+    paths = [write_seg(tmp_path / "seg", datasets, truth()), png(tmp_path, "1.2.826.1.2", truth()[1])]
+    matched, faults = match_masks([read_one(p) for p in paths], series_of(*images))
+    assert (matched, len(faults)) == ({}, 2)
+    assert all("in png and seg: which counts is not known" in f.reason for f in faults)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("m.nrrd", "NRRD"), ("m.seg.nrrd", "NRRD"), ("m.mha", "MetaImage")])
+def test_formats_that_are_not_read_are_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(b"NRRD0004\n" + bytes(200))
+    with pytest.raises(DicomError, match=f"a {kind} file, which is not read; save the mask as DICOM SEG or NIfTI"):
+        read_one(tmp_path / name)

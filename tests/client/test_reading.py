@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def series_of(folder: Path) -> CtSeries:
     images = [i for path in sorted(folder.rglob("*")) for i in read_images(path, KEY, code=path.name)]
-    (series,), faults = build_series(images)
+    (series,), _, faults = build_series(images)
     assert faults == []
     return series
 
@@ -162,7 +162,9 @@ def test_a_mask_that_cannot_be_used_costs_no_image(tmp_path: Path) -> None:
     part = part_of(tmp_path / "dicom", png(tmp_path / "masks", f"{SERIES}.2", np.ones((20, 20))))
     assert len(part.rows) == 3
     assert not any(row.has_mask for row in part.rows)
-    assert said(part) == [(f"file mask-{SERIES}.2", "mask is (20, 20) pixels, its image (48, 48); expected the same")]
+    assert said(part) == [
+        (f"file mask-{SERIES}.2", "mask is (20, 20) pixels, its image (48, 48); expected the same: save it unscaled")
+    ]
 
 
 def test_a_mask_in_air_is_told(tmp_path: Path) -> None:
@@ -209,7 +211,12 @@ def test_what_nobody_foresaw_costs_one_series(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(reading, "read_hu", break_down)
     part = part_of(tmp_path)
     assert part.rows == ()
-    assert said(part) == [(f"series {part.series}", "cannot be read (MemoryError); export it again")]
+    assert said(part) == [
+        (
+            f"series {part.series}",
+            "too large for this machine's memory; use fewer processes (--workers 1), or export it in parts",
+        )
+    ]
 
 
 _PEAK = """

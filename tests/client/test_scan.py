@@ -196,7 +196,9 @@ def test_a_mask_among_the_images_says_what_to_set(tmp_path: Path) -> None:
     found = scanned(site)
     assert (len(found.images), found.masks) == (3, [])
     (fault,) = found.faults
-    assert fault.reason == "a mask among the images; name its folder as data.masks in site.yaml"
+    assert fault.reason.startswith(
+        "a PNG or NIfTI among the images: of a mask, name the folder as data.masks in site.yaml"
+    )
 
 
 def test_an_image_among_the_masks_is_told(tmp_path: Path) -> None:
@@ -264,6 +266,8 @@ def test_a_header_that_ends_its_reader_is_the_only_one_left_out(
     (fault,) = found.faults
     assert fault.what == file_code(site, "images/7")
     expected = (
-        "cannot be read (RecursionError)" if mischief == "raises" else "ended its reader: damaged; export it again"
+        "damaged: its content cannot be read; export the file again"
+        if mischief == "raises"
+        else "ended its reader: damaged; export it again"
     )
     assert fault.reason == expected

@@ -23,7 +23,9 @@ def read(folder: Path) -> list[CtSlice]:
 
 
 def built(folder: Path) -> tuple[list[CtSeries], list[Fault]]:
-    return build_series(read(folder))
+    series, refused, faults = build_series(read(folder))
+    assert {f"series {one.name}" for one in refused} == {f.what for f in faults if f.what.startswith("series ")}
+    return series, faults
 
 
 def series_name(uid: str) -> str:
@@ -120,8 +122,6 @@ def test_two_slices_at_one_position(tmp_path: Path) -> None:
         ({"column": (0.0, 0.9396926, 0.3420201)}, "orientation"),
         ({"spacing": (0.9, 0.9)}, "pixel spacing"),
         ({"hu_YX": head_hu((32, 64))}, "pixel grid"),
-        ({"RescaleIntercept": -1024}, "rescale"),
-        ({"BitsStored": 12, "HighBit": 11}, "storage"),
         ({"ConvolutionKernel": "H70h"}, "kernel"),
         ({"FrameOfReferenceUID": "1.2.3"}, "frame of reference"),
     ],
@@ -135,18 +135,41 @@ def test_an_image_unlike_the_rest_of_its_series_is_left_out(tmp_path: Path, chan
     assert fault.reason == f"differs from the 4 other images of its series in {differs}"
 
 
-def test_directions_may_differ_by_rounding(tmp_path: Path) -> None:
-    for n, cosine in enumerate((1.0, 0.99999, 0.9999999)):
-        write_ct(tmp_path / f"{n}", position=(0, 0, 5.0 * n), column=(0, cosine, 0), sop=f"1.2.{n + 1}")
-    assert len(built(tmp_path)[0][0].slices) == 3
+@pytest.mark.parametrize("cosines", [(1.0, 0.99999, 0.9999999), (0.980501, 0.980499, 0.980501)])
+def test_directions_and_spacing_may_differ_by_rounding(tmp_path: Path, cosines: tuple[float, ...]) -> None:
+    """The second set is 2e-6 apart, on both sides of where three digits are rounded."""
+    for n, cosine in enumerate(cosines):
+        column = (0, cosine, 0 if cosines[0] == 1 else 0.196)
+        spacing = (0.4882813, 0.48828 + 1e-5 * n)
+        write_ct(tmp_path / f"{n}", position=(0, 0, 5.0 * n), column=column, spacing=spacing, sop=f"1.2.{n + 1}")
+    ((series,), faults) = built(tmp_path)
+    assert (len(series.slices), faults) == (3, [])
+    assert len({s.column_direction for s in series.slices}) == 1, "a height would depend on a slice's rounding"
+
+
+def test_how_pixels_are_stored_and_rescaled_may_differ(tmp_path: Path) -> None:
+    for n, (bits, intercept) in enumerate(((12, -1024), (13, -1024), (12, 0), (16, -8192))):
+        settings = {"BitsStored": bits, "HighBit": bits - 1, "RescaleIntercept": intercept}
+        write_ct(tmp_path / f"{n}", position=(0, 0, 5.0 * n), sop=f"1.2.{n + 1}", **settings)
+    ((series,), faults) = built(tmp_path)
+    assert (len(series.slices), faults) == (4, [])
+
+
+def test_a_frame_of_reference_of_its_own_on_every_slice_says_nothing(tmp_path: Path) -> None:
+    for n in range(4):
+        write_ct(tmp_path / f"{n}", position=(0, 0, 5.0 * n), sop=f"1.2.{n + 1}", FrameOfReferenceUID=f"1.2.3.{n}")
+    ((series,), faults) = built(tmp_path)
+    assert (len(series.slices), series.flags, faults) == (4, ("space-per-slice",), [])
 
 
 def test_a_series_without_a_majority_is_left_out(tmp_path: Path) -> None:
     for n in range(4):
-        write_ct(tmp_path / f"{n}", position=(0, 0, 5.0 * n), sop=f"1.2.{n + 1}", RescaleIntercept=-1024 * (n % 2))
+        write_ct(
+            tmp_path / f"{n}", position=(0, 0, 5.0 * n), sop=f"1.2.{n + 1}", ConvolutionKernel=("H31s", "H60s")[n % 2]
+        )
     (series, (fault,)) = built(tmp_path)
     assert series == []
-    assert "its 4 images differ in rescale" in fault.reason
+    assert "its 4 images differ in kernel" in fault.reason
 
 
 @pytest.mark.parametrize("change", [{"patient": "other"}, {"StudyInstanceUID": "1.2.3"}])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client import reading
+from client import masks, reading
 from client import survey as survey_module
 from client.crew import ENDED_ITS_READER, Crew
 from client.reading import Part
@@ -203,7 +203,7 @@ def traps(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return reader
 
     monkeypatch.setattr(reading, "read_hu", trapped(reading.read_hu))
-    monkeypatch.setattr(reading, "read_mask", trapped(reading.read_mask))
+    monkeypatch.setattr(masks, "_read", trapped(masks._read))
     monkeypatch.setattr("client.crew.PATIENCE_S", 0.1)
     return mischief
 

@@ -1,0 +1,40 @@
+"""What was left out, by reason: one group for one reason, whatever numbers stand in it.
+
+Stays in the hospital.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from client.dicom import Fault
+
+_NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d+(?:[.,]\d+)*%?")
+
+
+def by_reason(faults: Iterable[Fault]) -> list[tuple[str, list[str]]]:
+    """Groups of faults, largest first.
+
+    Returns:
+      Reason, and what was left out for it. Where only its numbers and codes differ, the first one's stand for all.
+    """
+    groups: dict[str, list[Fault]] = defaultdict(list)
+    for fault in faults:
+        groups[_NUMBER.sub("#", fault.reason)].append(fault)
+    found = []
+    for members in groups.values():
+        same = len({fault.reason for fault in members}) == 1
+        reason = members[0].reason + ("" if same else f" (numbers of the first, {members[0].what})")
+        found.append((reason, [fault.what for fault in members]))
+    return sorted(found, key=lambda group: (-len(group[1]), group[0]))
+
+
+def commonest(faults: Iterable[Fault]) -> str:
+    """The reason that most faults have, and how many: the cause to look at first; "" without faults."""
+    groups = by_reason(faults)
+    if not groups:
+        return ""
+    reason, which = groups[0]
+    return f"{reason}, {len(which)} times" if len(which) > 1 else reason
