@@ -99,7 +99,14 @@ class Daemon:
                 with Connection(self._centre) as connection:
                     self._say(f"connected to {self._centre.address} as node {connection.node_id}")
                     self._answer_messages(connection)
-            except (ConnectionLostError, NotAdmittedError, CentreFaultError, AnswerError, CodeError) as error:
+            except (
+                ConnectionLostError,
+                NotAdmittedError,
+                RunOverError,
+                CentreFaultError,
+                AnswerError,
+                CodeError,
+            ) as error:
                 reason = str(error)
             if self._stopping.is_set():
                 break

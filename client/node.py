@@ -8,17 +8,13 @@ node's private key; it reads names, sizes and hashes of what comes and gives the
 
 from __future__ import annotations
 
-import os
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
@@ -47,7 +43,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.enrol import Centre, read_node_key
+from client.enrol import Centre, centre_context, read_node_key
 from client.frames import MOST_BYTES, MOST_FRAMES
 
 CALL_TIMEOUT_S = 60.0
@@ -112,19 +108,6 @@ class _BoundedTransport:
         return httpx.Response(response.status_code, headers=kept, content=bytes(body), request=request)
 
 
-def tls_context(centre: Centre, key: ec.EllipticCurvePrivateKey) -> ssl.SSLContext:
-    """TLS with the centre's authority as the only one, and this node's certificate."""
-    context = ssl.create_default_context(cafile=str(centre.authority))
-    # OpenSSL reads keys from files only and not in OpenSSH's format: a file in memory, which has no name on the disk.
-    descriptor = os.memfd_create("node key")
-    try:
-        os.write(descriptor, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        context.load_cert_chain(centre.certificate, f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-    return context
-
-
 class Connection:
     """A node's calls to the centre, while it is activated. Use as a context.
 
@@ -134,7 +117,7 @@ class Connection:
 
     def __init__(self, centre: Centre):
         key = read_node_key(centre)
-        context = tls_context(centre, key)
+        context = centre_context(centre)
         http = httpx.Client(verify=context, timeout=CALL_TIMEOUT_S, follow_redirects=False)
         interceptors = [
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
@@ -320,12 +303,14 @@ def _status_error(error: httpx.HTTPStatusError) -> Exception:
             "the centre does not take this node: it is not registered or revoked (ask the centre), or it still counts as online "
             "from before, for up to a minute"
         )
-    if status == httpx.codes.FORBIDDEN:
-        return RunOverError("the run has ended")
-    if status in (400, 401, 495, 496):  # nginx: 400 where no known certificate was presented
+    if status == httpx.codes.FORBIDDEN and error.response.headers.get("content-type", "").startswith("text/plain"):
         return NotAdmittedError(
-            f"the centre does not know this node ({status}): it has started again, or this site is not registered or revoked"
+            "the centre's door does not let this node in: 'hemafed-client join --check' says why (not registered yet, or revoked)"
         )
+    if status == httpx.codes.FORBIDDEN:
+        return RunOverError("the run has ended, or nobody waits for this reply")
+    if status in (400, 401):
+        return NotAdmittedError(f"the centre has forgotten this node ({status}), as it does when it starts again")
     if status in (429, 502, 503, 504):
         return ConnectionLostError(f"the centre is busy or starting ({status})")
     return CentreFaultError(f"the centre answers with status {status}")

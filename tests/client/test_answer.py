@@ -141,11 +141,8 @@ def test_the_defaults_of_the_bundle_are_the_run_config(sender: Sender) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_whatever_the_centre_sends_no_text_of_it_leaves(data: st.DataObject, hospitals: SmallHospitals) -> None:
+def test_whatever_the_centre_sends_no_text_of_it_leaves(data: st.DataObject, sender: Sender) -> None:
     """A reply or an exception, which ends this message's process alone; the node then answers with a fixed text."""
-    folder = hospitals.root.parent / "fuzzed"
-    folder.mkdir(exist_ok=True)
-    sender = Sender(folder, hospitals.files["hospital-01"], "hospital-01", small_config())
     task = sender.task(sender.message())
     part = data.draw(st.sampled_from(["run", "bundle", "tree", "objects"]))
     value = getattr(task, part)

@@ -70,7 +70,7 @@ def test_the_same_request_gets_the_same_bytes_and_another_model_the_first_ones_a
 ENCODER, HEAD = "encoder.patch_embed.proj.weight", "cls.weight"
 
 
-@pytest.mark.parametrize("value", [1e-3, 10.0, 3e38])
+@pytest.mark.parametrize("value", [1e-3, 10.0, 9e7])
 @pytest.mark.parametrize("name", [ENCODER, HEAD])
 def test_an_initial_model_that_is_not_of_the_seed_is_refused(file: Path, name: str, value: float) -> None:
     changes = {"encoder": tensors(("encoder",)), "heads": tensors(HEADS)}

@@ -19,8 +19,8 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
-from client.gate import code_hash
 
+from client.code import code_hash
 from server.centre import Centre
 from server.state import write_unit
 from shared.units import unit_text

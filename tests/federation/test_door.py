@@ -202,7 +202,7 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
     flwr(federation.centre, "run", str(copy), CONNECTION, "--run-config", str(tmp_path / "keys.toml"))
     run = runs / "other"
     federation.wait_for(lambda: read_status(run).get("state") == "failed", 240, "the end of the other run")
-    assert "site 'hospital-01' runs only the code that it installed" in read_status(run)["error"]
+    assert "the run brings other client code than the site installed" in read_status(run)["error"]
     federation.stop("hospital-01")
     assert not ran.exists()
     entries = [entry for _, _, entry in read_entries(federation.state("hospital-01"))]

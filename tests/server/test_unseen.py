@@ -87,8 +87,8 @@ def _change(path: Path, change: Callable[[dict], dict]) -> None:
         (_empty, r"hospital-05\.npz holds no counts of a test"),
         (_cut, r"hospital-05\.npz holds no counts of a test"),
         (_one_array, r"hospital-05\.npz holds no counts of a test"),
-        (_fewer_samples, r"hospital-05\.npz holds no counts of a test .*tally counts: int32 \(5, 2, 1000\)"),
-        (_negative, r"hospital-05\.npz holds no counts of a test .*of at least 0"),
+        (_fewer_samples, r"hospital-05\.npz holds no counts of a test .*tally counts: int32 \(5, 2, \d+\)"),
+        (_negative, r"hospital-05\.npz holds no counts of a test .*finite values from 0 to"),
         (_other_model, r"hospital-05\.npz is a test of another model \(0123456789ab\) than this run's final one"),
         (Path.unlink, r"counts of \['hospital-05'\] are in one of .*the hospital sends two files"),
     ],
@@ -112,7 +112,13 @@ def test_a_test_that_was_cut_off_between_the_two_models_is_done_again(
     shutil.copytree(finished.resolve(), folder)
     sent(folder).unlink()
     evaluate_unseen(folder, read_config(folder), [hospitals.files["hospital-05"]])
-    assert read_summary(folder)["evaluation"] == read_summary(finished)["evaluation"]
+    assert values(folder) == values(finished)
+
+
+def values(folder: Path) -> dict:
+    """Site -> metrics without their intervals, whose draws are fresh in each test."""
+    sites = read_summary(folder)["evaluation"]["per_site"]
+    return {site: [found[name]["value"] for name in ("auc", "f1", "dice")] for site, found in sites.items()}
 
 
 def test_a_report_of_no_run_writes_nothing(tmp_path: Path) -> None:

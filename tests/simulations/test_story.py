@@ -86,7 +86,9 @@ def test_the_bundle_holds_only_code_that_hospitals_run(tmp_path: Path) -> None:
     subprocess.run([Path(sys.executable).parent / "flwr", "build"], cwd=copy, check=True, capture_output=True)
     (bundle,) = copy.glob("*.fab")
     names = {n for n in zipfile.ZipFile(bundle).namelist() if not n.startswith(".info")}
-    code = {str(p.relative_to(ROOT)) for folder in ("server", "client", "shared") for p in (ROOT / folder).glob("*.py")}
+    code = {
+        str(p.relative_to(ROOT)) for folder in ("server", "client", "shared") for p in (ROOT / folder).rglob("*.py")
+    }
     assert names - {"pyproject.toml", "README.md", "LICENSE"} == code
 
 
