@@ -28,7 +28,9 @@ from tests.orders import RUN_ID, Sender, opened, project_bundle
 
 @pytest.fixture
 def sender(copied_hospitals: SmallHospitals, tmp_path: Path) -> Sender:
-    return Sender(tmp_path, copied_hospitals.files["hospital-01"], "hospital-01", small_config())
+    site_yaml = copied_hospitals.files["hospital-01"]
+    (read_site(site_yaml).state / "audit.jsonl").unlink(missing_ok=True)
+    return Sender(tmp_path, site_yaml, "hospital-01", small_config())
 
 
 def asked(task: Task) -> Message:

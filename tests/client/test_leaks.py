@@ -272,13 +272,13 @@ def test_no_text_that_leaves_holds_a_number_but_those_of_rates_and_precisions() 
         assert "{" not in text
 
 
-def test_a_simulated_node_says_the_cause_and_a_deployed_one_the_fixed_text(hospitals: SmallHospitals) -> None:
-    flat = small_config(simulation__hospitals=str(hospitals.root))
+def test_a_simulated_node_says_the_cause_and_a_deployed_one_the_fixed_text(copied_hospitals: SmallHospitals) -> None:
+    flat = small_config(simulation__hospitals=str(copied_hospitals.root))
     order = train_order(run="a/b")
     told = ask({"partition-id": 0}, "train", order, flat)
     assert told.error.code == Refusal.ORDER
     assert "the run's name" in told.error.reason
-    assert ask({"site": str(hospitals.files[NAME])}, "train", order).error.reason == TEXTS[Refusal.ORDER]
+    assert ask({"site": str(copied_hospitals.files[NAME])}, "train", order).error.reason == TEXTS[Refusal.ORDER]
 
 
 def test_refusals_are_recorded_with_their_cause(silent: Path) -> None:
