@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
@@ -194,6 +195,9 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
         shutil.copy(ROOT / name, copy / name)
     theirs = copy / "client" / "train.py"
     theirs.write_text(theirs.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
+    # Flower's installer made a folder name of this, outside of its apps folder, and ran the code that it found there.
+    project = (copy / "pyproject.toml").read_text()
+    (copy / "pyproject.toml").write_text(re.sub('version = "', 'version = "0/../../../../../loot/', project, count=1))
     runs = federation.centre.runs  # there the run finds the centre's key for instructions
     keys = {"run": {"folder": str(runs), "id": "other"}, "federation": {"wait_s": 5.0, "quorum": 1}}
     (tmp_path / "keys.toml").write_text(tomli_w.dumps(keys))
@@ -205,6 +209,8 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
     assert "the run brings other client code than the site installed" in read_status(run)["error"]
     federation.stop("hospital-01")
     assert not ran.exists()
+    assert not any("loot" in str(path) or path.suffix == ".fab" for path in federation.state("hospital-01").rglob("*"))
+    assert not (federation.state("hospital-01") / "centre" / "flower" / "apps").exists()
     entries = [entry for _, _, entry in read_entries(federation.state("hospital-01"))]
     assert [entry["event"] for entry in entries] == ["refused"] * len(entries)
     assert "policy.app" in entries[-1]["reason"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import time
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.rules import ACCEPT, Bound, Policy
 from shared.site import SiteError, read_site
@@ -226,3 +229,22 @@ def test_a_damaged_key_is_refused_and_kept(tmp_path: Path, length: int) -> None:
     with pytest.raises(SiteError, match=f"'hospital-03'.*{length} bytes, expected 32; restore it from a backup"):
         site.key()
     assert (site.state / "key").read_bytes() == bytes(length)
+
+
+KEYS = st.sampled_from(
+    ["site", "data", "policy", "cache", "state", "role", "images", "release", "accept", "hours", "1"]
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+CONTENT = st.recursive(LEAVES, lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYS, part, max_size=4))
+
+
+@given(content=CONTENT, cut=st.integers(0, 30), noise=st.binary(max_size=12))
+def test_whatever_stands_in_a_site_file_it_is_read_or_refused(
+    content: object, cut: int, noise: bytes, tmp_path: Path
+) -> None:
+    good = {"site": "a", "data": {"images": "."}, "policy": {}}
+    whole = good | content if isinstance(content, dict) else content
+    for text in (yaml.safe_dump(whole).encode(), yaml.safe_dump(whole).encode()[:-cut] + noise):
+        (tmp_path / "site.yaml").write_bytes(text)
+        with suppress(SiteError):
+            read_site(tmp_path / "site.yaml")
