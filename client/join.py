@@ -16,17 +16,18 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from client.answering import AnswerError, Answering, StoppedError, watcher
 from client.code import CodeError
 from client.enrol import read_known_centre
 from client.frames import reply_frames
 from client.node import (
-    CentreFaultError,
     Connection,
     ConnectionLostError,
-    NotAdmittedError,
+    NodeError,
     Order,
     RunOverError,
     message_text,
@@ -40,7 +41,6 @@ from shared.site import Site
 from shared.units import unit_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
-STEADY_S = 120.0  # a connection that held that long did not fail at its start
 BUSY_POLL_S, IDLE_POLL_S = 0.25, 3.0  # between two questions for a message, while a run goes on and otherwise
 BUSY_S = 60.0  # after a message, the next is soon
 
@@ -61,6 +61,7 @@ class Daemon:
         self._site, self._site_yaml, self._say = site, site_yaml.resolve(), say
         self._centre = read_known_centre(site)
         self._stopping = threading.Event()
+        self._unanswered = self._centre.folder / "unanswered"
         self._answering = Answering(self._centre.folder, self._site_yaml, say)
 
     def stop(self, *_: object) -> None:
@@ -93,31 +94,26 @@ class Daemon:
         """Connect, again whenever the connection has ended."""
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
-            started, reason = time.monotonic(), ""
+            connected, reason = False, "the centre has forgotten this node"
             try:
                 self._answering.warm_up()
-                with Connection(self._centre) as connection:
+                with Connection(self._centre, self._remember) as connection:
+                    connected = True
                     self._say(f"connected to {self._centre.address} as node {connection.node_id}")
                     self._answer_messages(connection)
-            except (
-                ConnectionLostError,
-                NotAdmittedError,
-                RunOverError,
-                CentreFaultError,
-                AnswerError,
-                CodeError,
-            ) as error:
+            except (NodeError, AnswerError, CodeError) as error:
                 reason = str(error)
             if self._stopping.is_set():
                 break
-            pause_s = FIRST_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_PAUSE_S)
-            self._say(f"not connected: {reason or 'the centre has forgotten this node'}; again in {pause_s:.0f} s")
+            pause_s = FIRST_PAUSE_S if connected else min(2 * pause_s, LONGEST_PAUSE_S)
+            self._say(f"not connected: {reason}; again in {pause_s:.0f} s")
             self._stopping.wait(pause_s)
 
     def _answer_messages(self, connection: Connection) -> None:
         """Ask for messages and answer them, one at a time, until `stop` or the centre forgets this node."""
         last = -BUSY_S
         while not connection.forgotten:
+            self._give_up_unanswered(connection)
             busy = time.monotonic() - last < BUSY_S
             if self._stopping.wait(BUSY_POLL_S if busy else IDLE_POLL_S):
                 return
@@ -127,6 +123,7 @@ class Daemon:
                     self._answer(connection, order)
                     last = time.monotonic()
             except RunOverError as error:
+                self._unanswered.unlink(missing_ok=True)
                 self._say(f"a message of a run that has ended: {error}")
             except ConnectionLostError as error:
                 self._say(f"{error}; asking again")  # the node's number holds as long as its heartbeats are taken
@@ -139,22 +136,53 @@ class Daemon:
         wanted = watcher(self._stopping.is_set, lambda: connection.is_running(order.run_id))
         try:
             frames = self._answering.ask(task, wanted)
-        except StoppedError:
+        except StoppedError:  # the run ended, or this daemon does, and says so when it is back
             self._say("its answer is not wanted any more")
             return
         except AnswerError as error:
             self._say(str(error))
-            frames = error_frames(order, connection.node_id)
+            frames = error_frames(order.message, connection.node_id)
         self._say(f"sending the reply to {message_text(order.message)}")
-        connection.push(order.run_id, frames)
+        self._push(connection, order.run_id, frames)
+        self._unanswered.unlink(missing_ok=True)
         self._say(f"answered {message_text(order.message)}")
 
+    def _push(self, connection: Connection, run_id: int, frames: list[bytes]) -> None:
+        """Send a reply, again while the network is down: hours of training may be in it."""
+        while True:
+            try:
+                return connection.push(run_id, frames)
+            except ConnectionLostError as error:
+                self._say(f"{error}; sending again")
+                if connection.forgotten or self._stopping.wait(IDLE_POLL_S):
+                    raise
 
-def error_frames(order: Order, node_id: int) -> list[bytes]:
+    def _remember(self, message: MessageProto) -> None:
+        """Note a message that the centre waits for, without its content."""
+        self._unanswered.write_bytes(message.SerializeToString())
+
+    def _give_up_unanswered(self, connection: Connection) -> None:
+        """Tell the centre that a message gets no answer, whose process or line ended; it would wait until its deadline."""
+        if not self._unanswered.is_file():
+            return
+        try:
+            message = MessageProto.FromString(self._unanswered.read_bytes())
+            if message.metadata.dst_node_id == connection.node_id:  # else it is of a SuperLink that is gone
+                connection.push(message.metadata.run_id, error_frames(message, connection.node_id))
+                self._say(f"gave up {message_text(message)}, which was not answered")
+        except ConnectionLostError as error:
+            self._say(f"{error}; asking again")
+            return
+        except (RunOverError, DecodeError) as error:
+            self._say(f"a message that was not answered is not waited for: {error}")
+        self._unanswered.unlink(missing_ok=True)
+
+
+def error_frames(message: MessageProto, node_id: int) -> list[bytes]:
     """The reply for a message whose process ended."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, order.run_id, node_id
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, message.metadata.run_id, node_id
     return reply_frames(
-        Message(Error(int(Refusal.FAILED), TEXTS[Refusal.FAILED]), reply_to=message_from_proto(order.message))
+        Message(Error(int(Refusal.FAILED), TEXTS[Refusal.FAILED]), reply_to=message_from_proto(message))
     )
 
 

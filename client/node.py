@@ -51,19 +51,23 @@ MOST_RESPONSE = 16 << 20  # bytes of one call's answer; tensors come in pieces o
 NOT_ACTIVATED = 2004  # Flower's code: the key is not registered, or the node counts as online
 
 
-class ConnectionLostError(Exception):
+class NodeError(Exception):
+    """A call to the centre did not succeed."""
+
+
+class ConnectionLostError(NodeError):
     """The centre cannot be reached now; what was being done may be tried again."""
 
 
-class NotAdmittedError(Exception):
+class NotAdmittedError(NodeError):
     """The centre does not take this node, or has forgotten it; the connection must be made again."""
 
 
-class RunOverError(Exception):
+class RunOverError(NodeError):
     """The run of a message has ended; nobody waits for its reply."""
 
 
-class CentreFaultError(Exception):
+class CentreFaultError(NodeError):
     """What the centre sent is larger than our bounds, or is not what its name says."""
 
 
@@ -111,11 +115,16 @@ class _BoundedTransport:
 class Connection:
     """A node's calls to the centre, while it is activated. Use as a context.
 
+    Args:
+      centre: whom the hospital answered.
+      on_message: given each message before its parts are fetched: from then on the centre waits for its reply.
+
     Every method raises ConnectionLostError, NotAdmittedError, RunOverError or CentreFaultError and nothing else of the
     network's.
     """
 
-    def __init__(self, centre: Centre):
+    def __init__(self, centre: Centre, on_message: Callable[[MessageProto], object] = lambda message: None):
+        self._on_message = on_message
         key = read_node_key(centre)
         context = centre_context(centre)
         http = httpx.Client(verify=context, timeout=CALL_TIMEOUT_S, follow_redirects=False)
@@ -187,6 +196,7 @@ class Connection:
         if len(response.messages_list) != 1 or len(response.message_object_trees) != 1:
             raise CentreFaultError("several messages at a time, expected one")
         message, tree = response.messages_list[0], response.message_object_trees[0]
+        self._on_message(message)
         run_id = message.metadata.run_id
         if self._run[0] != run_id:
             run = _call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run_id)).run
