@@ -7,14 +7,21 @@ import time
 from pathlib import Path
 
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.supercore.task_identity import TaskIdentity
 
 import client.join
 from client.enrol import read_known_centre
 from client.join import Daemon, install_unit, site_unit
+from client.node import ConnectionLostError, RunOverError
 from shared.enrol import EnrolError
 from shared.processes import flower_environment, hold, is_held, owned
+from shared.refusals import Refusal
 from shared.site import read_site
 from tests.centres import enrol, make_centre
+from tests.orders import opened
 from tests.small_sites import make_site
 
 
@@ -81,6 +88,60 @@ def test_a_daemon_ends_what_one_that_was_killed_left(daemon: Daemon, site_yaml: 
         for process in (left, other):
             process.kill()
             process.wait()
+
+
+class Line:
+    """In place of the connection: keeps what is pushed, or fails as a connection does."""
+
+    def __init__(self, node_id: int, fault: Exception | None = None):
+        self.node_id, self.fault, self.forgotten, self.pushed = node_id, fault, False, []
+
+    def push(self, run_id: int, frames: list[bytes]) -> None:
+        if self.fault is not None:
+            raise self.fault
+        self.pushed.append((run_id, opened(frames)))
+
+
+def unanswered() -> MessageProto:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 17, 1
+    message = Message(RecordDict(), dst_node_id=5, message_type="train")
+    message.metadata.__dict__["_message_id"] = "a" * 64
+    return message_to_proto(message)
+
+
+def test_a_message_that_a_power_cut_left_unanswered_is_given_up(daemon: Daemon, said: list[str]) -> None:
+    """The centre would wait for it until its deadline, an hour by default."""
+    daemon._remember(unanswered())
+    line = Line(node_id=5)
+    daemon._give_up_unanswered(line)
+    ((run_id, reply),) = line.pushed
+    assert (run_id, reply.error.code) == (17, Refusal.FAILED)
+    assert reply.metadata.reply_to_message_id == "a" * 64
+    assert said == ["gave up train of run 17, which was not answered"]
+    daemon._give_up_unanswered(line)
+    assert len(line.pushed) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        (Line(node_id=6), False),
+        (Line(5, RunOverError("the run has ended")), False),
+        (Line(5, ConnectionLostError("down")), True),
+    ],
+    ids=["of a SuperLink that is gone", "of a run that has ended", "no connection"],
+)
+def test_what_is_given_up_is_forgotten_once_the_centre_knows(daemon: Daemon, line: Line, kept: bool) -> None:
+    daemon._remember(unanswered())
+    daemon._give_up_unanswered(line)
+    assert line.pushed == []
+    assert daemon._unanswered.exists() == kept
+
+
+def test_a_note_that_is_no_message_is_removed(daemon: Daemon) -> None:
+    daemon._unanswered.write_bytes(b"\xff\xff")
+    daemon._give_up_unanswered(Line(5))
+    assert not daemon._unanswered.exists()
 
 
 def verified(path: Path, user: bool, runtime: Path) -> list[str]:
