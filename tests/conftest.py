@@ -78,9 +78,9 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> SmallHospitals:
 
 @pytest.fixture
 def copied_hospitals(hospitals: SmallHospitals, tmp_path: Path) -> SmallHospitals:
-    """A copy of the hospitals that a test may change."""
+    """A copy of the hospitals that a test may change, as they were before anybody asked them."""
     root = tmp_path / "hospitals"
-    shutil.copytree(hospitals.root, root)
+    shutil.copytree(hospitals.root, root, ignore=shutil.ignore_patterns("state"))
     return SmallHospitals(root, {name: root / name / "site.yaml" for name in hospitals.files})
 
 
