@@ -26,7 +26,7 @@ from shared.scoring import build_model, score_slices
 from shared.site import Site
 from shared.slices import SliceCache
 from shared.tally import tally_scores
-from shared.wire import Tensors, expected_shapes, from_record, group, tally_to_arrays, tested_hash, to_arrays
+from shared.wire import PROBE, Tensors, expected_shapes, from_record, group, tally_to_arrays, tested_hash, to_arrays
 
 SPLITS = ("val", "test")
 Answer = dict[str, dict[str, NDArray]]  # split -> arrays of its tally
@@ -134,8 +134,5 @@ def _tensors(model: MultiTaskSwin, config: RunConfig, order: EvaluationOrder) ->
     encoder = from_record(order.encoder, {n: s for n, s in shapes.items() if group(n) == "encoder"})
     heads = {n: s for n, s in shapes.items() if group(n) != "encoder"}
     probe = order.stage == "final" and config.federation.heads == "probe" and config.federation.share != "all"
-    sets = []
-    for record in order.heads:
-        expected = {n: s for n, s in heads.items() if group(n) == "cls" and n in record} if probe else heads
-        sets.append(from_record(record, expected))
-    return encoder, sets
+    expected = {name: heads[name] for name in PROBE} if probe else heads
+    return encoder, [from_record(record, expected) for record in order.heads]

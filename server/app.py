@@ -21,7 +21,6 @@ from server.checkpoint import (
     CheckpointError,
     checkpoints,
     load_checkpoint,
-    restore_optimiser,
     save_checkpoint,
     write_tensors,
 )
@@ -43,7 +42,8 @@ from server.runs import (
     write_patiently,
     write_status,
 )
-from server.strategy import RoundResult, build_strategy, repeat_round
+from server.server_step import Moments
+from server.strategy import RoundResult, repeat_round
 from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
 from shared.foreign import shown
 from shared.metrics import auc
@@ -126,8 +126,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         say(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
     shared = groups_shared(settings.share)
     arrays = to_arrays(model.state_dict(), shared)
-    strategy = build_strategy(settings)
-    first = 1
+    moments, first = Moments(), 1
     if config.run.resume and not checkpoints(run / "checkpoint"):
         say("resuming before the first checkpoint: beginning with round 1")
     elif config.run.resume:
@@ -136,7 +135,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
             from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
             saved.round_number + 1,
         )
-        restore_optimiser(strategy, saved)
+        moments = saved.moments
         say(f"resuming after round {saved.round_number}")
 
     session = Session(grid, settings, run, registered=partial(registered_nodes, run.parent.parent))
@@ -147,18 +146,18 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     if first == 1:
         update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
         write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
-        save_checkpoint(run / "checkpoint", 0, arrays, strategy)
+        save_checkpoint(run / "checkpoint", 0, arrays, moments)
         say("testing the initial model")
         heads = {"average": to_arrays(model.state_dict(), HEADS)}
         test_seen(grid, members, run, "initial", config, arrays, heads)
 
     for number in range(first, settings.rounds + 1):
-        result = repeat_round(session, strategy, arrays, number)
-        arrays = result.arrays
+        result = repeat_round(session, moments, arrays, number)
+        arrays, moments = result.arrays, result.moments
         line = describe_round(number, result)
         # The line first: of a round that is done again, the last line counts.
         write_patiently(run, partial(append_round, run, line))
-        write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, strategy, list(result.sites)))
+        write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, moments, list(result.sites)))
         say(round_text(line, settings.rounds))
 
     say("collecting heads and testing the final model")

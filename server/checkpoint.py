@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from server.server_step import Moments
 from shared.wire import Tensors
 
 KEPT = 2
 _HASH = "sha256"  # key of the metadata
+_KINDS = ("optimiser.m.", "optimiser.v.")  # begin the names of first and second moments
 
 
 class CheckpointError(ValueError):
@@ -40,13 +40,13 @@ class Checkpoint:
       round_number: the last finished round; 0 before the first.
       sites: who took part in it.
       arrays: global tensors, float32.
-      optimiser: the server optimiser's tensors; empty for FedAvg and FedProx.
+      moments: what the server optimiser remembers.
     """
 
     round_number: int
     sites: tuple[str, ...]
     arrays: dict[str, NDArray[np.float32]]
-    optimiser: dict[str, NDArray[np.float32]]
+    moments: Moments
 
 
 def write_tensors(path: Path, arrays: Tensors, metadata: dict[str, str]) -> None:
@@ -102,14 +102,15 @@ def _hash(arrays: Tensors, metadata: dict[str, str]) -> str:
 
 
 def save_checkpoint(
-    folder: Path, round_number: int, arrays: Tensors, strategy: FedAvg, sites: Sequence[str] = ()
+    folder: Path, round_number: int, arrays: Tensors, moments: Moments, sites: Sequence[str] = ()
 ) -> None:
     """Write the state after a round to `folder`, and forget all but the last KEPT.
 
     Raises:
       OSError: it cannot be written; the state before is there still.
     """
-    optimiser = {f"optimiser.{name}": value for name, value in _optimiser_state(strategy, list(arrays)).items()}
+    kinds = zip(_KINDS, (moments.first, moments.second), strict=True)
+    optimiser = {kind + name: value for kind, values in kinds for name, value in values.items()}
     metadata = {"round": json.dumps(round_number), "sites": json.dumps(sorted(sites))}
     write_tensors(folder / f"round-{round_number:05d}.safetensors", {**arrays, **optimiser}, metadata)
     for path in checkpoints(folder)[KEPT:]:
@@ -143,31 +144,6 @@ def load_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None
             round_number=int(json.loads(metadata["round"])),
             sites=tuple(json.loads(metadata["sites"])),
             arrays={n: v for n, v in tensors.items() if not n.startswith("optimiser.")},
-            optimiser={n.removeprefix("optimiser."): v for n, v in tensors.items() if n.startswith("optimiser.")},
+            moments=Moments(*({n.removeprefix(k): v for n, v in tensors.items() if n.startswith(k)} for k in _KINDS)),
         )
     raise CheckpointError(f"no checkpoint in {folder}; check the run's name, or start it without run.resume")
-
-
-def _optimiser_state(strategy: FedAvg, names: list[str]) -> dict[str, NDArray]:
-    """Moments of Flower's server optimisers, by tensor name."""
-    if isinstance(strategy, FedAdam):
-        moments = {"m": strategy.m_t or {}, "v": strategy.v_t or {}}
-    elif isinstance(strategy, FedAvgM):
-        moments = {"m": dict(zip(names, strategy.momentum_vector or [], strict=False))}
-    else:
-        moments = {}
-    return {f"{kind}.{name}": np.asarray(value) for kind, values in moments.items() for name, value in values.items()}
-
-
-def restore_optimiser(strategy: FedAvg, checkpoint: Checkpoint) -> None:
-    """Give Flower's server optimiser back what it had after the checkpoint's round."""
-
-    def moments(kind: str) -> dict[str, NDArray]:
-        return {n.removeprefix(f"{kind}."): v for n, v in checkpoint.optimiser.items() if n.startswith(f"{kind}.")}
-
-    if isinstance(strategy, FedAdam):
-        strategy.m_t, strategy.v_t = moments("m") or None, moments("v") or None
-    elif isinstance(strategy, FedAvgM):
-        saved = moments("m")
-        strategy.momentum_vector = [saved[name] for name in checkpoint.arrays] if saved else None
-        strategy.current_arrays = ArrayRecord({name: Array(value) for name, value in checkpoint.arrays.items()})

@@ -1,8 +1,8 @@
 """Combining a round's updates so that one hospital gone wrong cannot move the result at will.
 
 The plain mean folds updates in one by one (server/aggregate.py). The rules here compare updates with each other, so all of a
-round's are in memory at once. Median, trimmed mean and Krum are Flower's own, given differences from where the round
-began: of two nearly equal encoders, distances taken in float32 would be rounding.
+round's are in memory at once. They see differences from where the round began: of two nearly equal encoders, distances
+taken in float32 would be rounding. Shape suffixes: N sites, D values of the model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
+from scipy.stats import trim_mean
 
 from server.aggregate import WeightedSum, fold, mean
 from shared.config import FederationSettings
-from shared.wire import Tensors, to_record
+from shared.wire import Tensors
 
 _LEAST_NORM = 1e-12
 
@@ -75,30 +74,27 @@ def combine(
             total = fold(total, differences[site], weights[site])
         combined = mean(total)
     else:
-        combined = _by_flower(_strategy(settings, len(sites)), [differences[site] for site in sites])
+        combined = _by_rule(settings, [differences[site] for site in sites])
     return Combined({n: (start[n] + combined[n]).astype(np.float32) for n in start}, shrunk)
 
 
-def _strategy(settings: FederationSettings, sites: int) -> FedAvg:
-    """Flower's strategy of a rule."""
-    common = {"weighted_by_key": "weight", "train_metrics_aggr_fn": lambda _contents, _key: MetricRecord()}
+def _by_rule(settings: FederationSettings, differences: list[Tensors]) -> Tensors:
+    """What the median, the trimmed mean or Krum makes of the sites' differences."""
+    if settings.rule == "krum":
+        return _krum(differences, settings.faulty)
+    stacked = {name: np.stack([one[name] for one in differences]) for name in differences[0]}
     if settings.rule == "median":
-        return FedMedian(**common)
-    if settings.rule == "trimmed-mean":
-        # Flower cuts int(beta * sites) at each end; the addend keeps rounding from making that one less.
-        return FedTrimmedAvg(**common, beta=settings.faulty / sites + 1e-9)
-    return Krum(**common, num_malicious_nodes=settings.faulty)
+        return {name: np.median(value, axis=0) for name, value in stacked.items()}
+    # int(proportion * sites) are cut at each end; the addend keeps rounding from making that one less.
+    proportion = settings.faulty / len(differences) + 1e-9
+    return {name: trim_mean(value, proportion, axis=0) for name, value in stacked.items()}
 
 
-def _by_flower(strategy: FedAvg, differences: list[Tensors]) -> Tensors:
-    """What one of Flower's strategies makes of the sites' differences."""
-    replies = [
-        Message(
-            RecordDict({"arrays": to_record(one), "metrics": MetricRecord({"weight": 1.0})}),
-            dst_node_id=0,
-            message_type="train",
-        )
-        for one in differences
-    ]
-    arrays, _ = strategy.aggregate_train(1, replies)
-    return {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
+def _krum(differences: list[Tensors], faulty: int) -> Tensors:
+    """The one update that lies closest to its n - faulty - 2 nearest others; squared distances, float32."""
+    flat_ND = np.stack([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in differences])
+    squares_N = np.square(flat_ND).sum(axis=1)
+    distance_NN = squares_N[:, None] + squares_N[None, :] - 2 * flat_ND @ flat_ND.T
+    nearest = max(1, len(differences) - faulty - 2)
+    scores_N = np.sort(distance_NN, axis=1)[:, 1 : nearest + 1].sum(axis=1)  # the first is the update itself
+    return differences[int(np.argsort(scores_N)[0])]  # a score that is not a number comes last

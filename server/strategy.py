@@ -1,27 +1,25 @@
 """Round policy: whom to ask, how long to wait, what to refuse, when to stop.
 
-The server optimisers are Flower's own strategies. Around them stands what they lack: replies are checked and folded in
-one by one in the order of site names (so one reply is in memory, and the sum does not depend on who came first), a bad
-reply is refused by the name of its site, and a round below quorum waits and is asked for again instead of going on silently.
+Replies are checked and folded in one by one in the order of site names (so one reply is in memory, and the sum does not
+depend on who came first), a bad reply is refused by the name of its site, and a round below quorum waits and is asked for
+again instead of going on silently.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from server.aggregate import WeightedSum, fold, mean
 from server.plausible import check_metrics, check_tally
 from server.robust import combine, is_plain, update_norm
 from server.roster import Late, Member, QuorumError, Session, content_of, gather, receive
 from server.runs import write_status
+from server.server_step import Moments, server_step
 from shared.config import FederationSettings
 from shared.foreign import LONGEST_NAME, shown
 from shared.metrics import Tally
@@ -67,6 +65,7 @@ class RoundResult:
 
     Attributes:
       arrays: the new global tensors.
+      moments: what the server optimiser remembers for the next round.
       sites: per site that was folded in.
       refused: site -> why its reply was not used.
       shrunk: site -> what its update was multiplied by, where federation.norm_bound shortened it.
@@ -75,6 +74,7 @@ class RoundResult:
     """
 
     arrays: dict
+    moments: Moments
     sites: dict[str, SiteRound]
     refused: dict[str, str]
     shrunk: dict[str, float]
@@ -82,26 +82,7 @@ class RoundResult:
     seconds: float
 
 
-def build_strategy(settings: FederationSettings) -> FedAvg:
-    """Flower's strategy of the run config; it sees the mean of a round as its only reply."""
-    common = {
-        "weighted_by_key": "weight",
-        "min_train_nodes": 1,
-        "min_available_nodes": 1,
-        "train_metrics_aggr_fn": lambda _contents, _key: MetricRecord(),
-    }
-    if settings.strategy == "fedprox":
-        return FedProx(**common, proximal_mu=settings.proximal_mu)
-    if settings.strategy == "fedavgm":
-        return FedAvgM(
-            **common, server_learning_rate=settings.server_learning_rate, server_momentum=settings.server_momentum
-        )
-    if settings.strategy == "fedadam":
-        return FedAdam(**common, eta=settings.server_learning_rate, beta_1=settings.server_momentum)
-    return FedAvg(**common)
-
-
-def repeat_round(session: Session, strategy: FedAvg, arrays: Tensors, number: int) -> RoundResult:
+def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: int) -> RoundResult:
     """One round, asked for again while too few good updates come, up to wait_s after the first attempt.
 
     Nothing of an attempt below quorum is used.
@@ -113,7 +94,7 @@ def repeat_round(session: Session, strategy: FedAvg, arrays: Tensors, number: in
     while True:
         members = gather(session)
         try:
-            return train_round(session, strategy, members, arrays, number)
+            return train_round(session, moments, members, arrays, number)
         except QuorumError as error:
             if time.monotonic() + pause_s >= began + session.settings.wait_s:
                 raise
@@ -124,7 +105,7 @@ def repeat_round(session: Session, strategy: FedAvg, arrays: Tensors, number: in
 
 
 def train_round(
-    session: Session, strategy: FedAvg, members: list[Member], arrays: Tensors, round_number: int
+    session: Session, moments: Moments, members: list[Member], arrays: Tensors, round_number: int
 ) -> RoundResult:
     """One round: send the global tensors, check and fold in the replies, take the server's step.
 
@@ -134,12 +115,13 @@ def train_round(
     grid, settings = session.grid, session.settings
     started = time.perf_counter()
     record = to_record(arrays)
-    asked = {m.node_id: m for m in members}
-    order = ConfigRecord({"run": session.run.name})
-    # Flower's strategy adds its own keys (proximal-mu) and remembers the tensors that it sends.
-    with _quiet_flower():
-        prepared = list(strategy.configure_train(round_number, record, order, grid))
-    messages = {asked[m.metadata.dst_node_id].site: m for m in prepared if m.metadata.dst_node_id in asked}
+    order = {"run": session.run.name, "server-round": round_number}
+    if settings.strategy == "fedprox":
+        order["proximal-mu"] = settings.proximal_mu
+    content, online = RecordDict({"arrays": record, "config": ConfigRecord(order)}), set(grid.get_node_ids())
+    messages = {
+        m.site: Message(content, dst_node_id=m.node_id, message_type="train") for m in members if m.node_id in online
+    }
     weights = {m.site: m.weight for m in members}
     counts = {m.site: m.counts for m in members}
     expected = shapes_of(arrays)
@@ -177,11 +159,12 @@ def train_round(
     if plain:
         average, shrunk = mean(total), {}
     else:
-        with _quiet_flower():
-            combined = combine(held, weights, arrays, settings)
+        combined = combine(held, weights, arrays, settings)
         average, shrunk = combined.arrays, combined.shrunk
+    stepped, moments = server_step(settings, moments, round_number, arrays, average)
     return RoundResult(
-        arrays=server_step(strategy, round_number, arrays, average),
+        arrays=stepped,
+        moments=moments,
         sites=sites,
         refused=refused,
         shrunk=shrunk,
@@ -210,41 +193,6 @@ def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping
     audit = content["facts"].get("audit", "")
     known = isinstance(audit, str) and re.fullmatch(r"[0-9a-f]{64}", audit)
     return SiteRound(weight, sent, norm, metrics, tally, audit if known else "")
-
-
-def server_step(strategy: FedAvg, round_number: int, arrays: Tensors, average: Tensors) -> dict:
-    """Flower's strategy applied to the mean of a round; float32 whatever it computes in.
-
-    Args:
-      strategy: keeps its own state from round to round.
-      round_number: from 1.
-      arrays: the global tensors that the round began with.
-      average: mean of the sites' tensors.
-    """
-    if isinstance(strategy, FedAdam):
-        strategy.current_arrays = dict(arrays)
-    elif isinstance(strategy, FedAvgM):
-        strategy.current_arrays = to_record(arrays)
-    content = RecordDict({"arrays": to_record(average), "metrics": MetricRecord({"weight": 1.0})})
-    reply = Message(content, dst_node_id=0, message_type="train")
-    with _quiet_flower():
-        stepped, _ = strategy.aggregate_train(round_number, [reply])
-    new = {name: array.numpy().astype("float32") for name, array in stepped.items()}
-    # Running statistics are averaged, never stepped: a server optimiser could make a variance negative.
-    new |= {name: value for name, value in average.items() if ".running_" in name}
-    return from_record(to_record(new), shapes_of(arrays))
-
-
-@contextmanager
-def _quiet_flower() -> Iterator[None]:
-    """Keep Flower's strategy from logging that it received one result: that one is the mean of the round."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def record_bytes(record: ArrayRecord) -> int:

@@ -8,6 +8,7 @@ Flower itself accepts NaN and broadcasts a wrong shape.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from shared.metrics import Tally
 from shared.rules import TENSOR_GROUPS
 from shared.tally import STEPS
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3  # 3: one array for each group of tensors
 MOST_COUNTED = 10_000_000  # slices or patients of one hospital
 # What numpy.load raises on a damaged file.
 UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError)
@@ -29,6 +30,9 @@ UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeEr
 METRICS = ("patients", "slices", "positives", "steps", "cls", "seg", "rec", "total", "seconds")
 LARGEST_METRIC = 1e12
 LARGEST_VALUE = 1e8  # of a tensor; beyond it squares and steps of a server optimiser are not finite in float32
+
+# The head for classification that a centre fits on data of its own (federation.heads = "probe").
+PROBE = ("cls.bias", "cls.norm.running_mean", "cls.norm.running_var", "cls.weight")
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 Tensors = Mapping[str, NDArray[np.float32]]
@@ -55,29 +59,42 @@ def expected_shapes(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dic
 
 
 def to_record(arrays: Tensors) -> ArrayRecord:
-    """float32 arrays as a Flower record. On the client's side this is what leaves the hospital."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(value, dtype=np.float32)) for name, value in arrays.items()})
+    """float32 arrays as a Flower record: one flat array for each group of tensors, in sorted order of the tensors' names.
+
+    Each of Flower's arrays costs a signed call or two, whatever its size; the shapes are known on both sides.
+    On the client's side this is what leaves the hospital.
+    """
+    flat: dict[str, list[NDArray[np.float32]]] = {}
+    for name in sorted(arrays):
+        flat.setdefault(group(name), []).append(np.asarray(arrays[name], dtype=np.float32).ravel())
+    return ArrayRecord({key: Array(np.concatenate(parts)) for key, parts in flat.items()})
 
 
 def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.float32]]:
-    """A Flower record as arrays.
+    """A Flower record as arrays; the inverse of `to_record`.
 
     Args:
       record: as received.
       expected: name -> shape of every tensor that must be there, and no other.
     Raises:
-      UpdateError: a tensor is missing, unexpected, of another shape or dtype, or has a value that is not finite or beyond
-        LARGEST_VALUE.
+      UpdateError: a group is missing, unexpected, of another size or dtype, or a tensor has a value that is not finite or
+        beyond LARGEST_VALUE.
     """
-    missing, extra = expected.keys() - record.keys(), record.keys() - expected.keys()
+    sizes: dict[str, int] = {}
+    for name, shape in expected.items():
+        sizes[group(name)] = sizes.get(group(name), 0) + math.prod(shape)
+    missing, extra = sizes.keys() - record.keys(), record.keys() - sizes.keys()
     if missing or extra:
         raise UpdateError(
-            f"{len(missing)} tensors missing {shown_names(missing)}, {len(extra)} unexpected {shown_names(extra)}; "
-            f"expected the {len(expected)} tensors of the run's model variant and federation.share"
+            f"{len(missing)} groups of tensors missing {shown_names(missing)}, {len(extra)} unexpected {shown_names(extra)}; "
+            f"expected {sorted(sizes)}, those of federation.share"
         )
-    arrays = {}
-    for name, shape in expected.items():
-        value = _decoded(record[name], f"tensor {name}", np.float32, tuple(shape))
+    flat = {key: _decoded(record[key], f"tensors of {key}", np.float32, (size,)) for key, size in sizes.items()}
+    begins, arrays = dict.fromkeys(sizes, 0), {}
+    for name in sorted(expected):
+        key, begin = group(name), begins[group(name)]
+        begins[key] = begin + math.prod(expected[name])
+        value = flat[key][begin : begins[key]].reshape(expected[name])
         if not (np.abs(value) <= LARGEST_VALUE).all():  # NaN is none of them
             if bad := np.count_nonzero(~np.isfinite(value)):
                 raise UpdateError(f"tensor {name}: {bad} values are not finite")

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.train import Learner, build_learner, train_round, training_inputs
 from server.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.checkpoint import read_tensors, write_tensors
 from server.robust import combine, is_plain
-from server.strategy import build_strategy, server_step
+from server.server_step import Moments, server_step
 from shared.batches import Batch, batches_in, read_batch
 from shared.config import FederationSettings, RunConfig
 from shared.losses import slice_losses
@@ -100,13 +99,12 @@ def train(
         raise StudyError(f"mode 'alone' with {len(caches)} hospitals, expected one")
     if mode == "pooled":
         caches = {POOL: pool(caches)}
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # server_step makes a Flower message
     started = time.perf_counter()
     settings = config.federation
     names = sorted(caches)
     learners = {name: build_learner(config, best_device()) for name in names}
     inputs = {name: training_inputs(caches[name], config, name) for name in names}
-    strategy = build_strategy(settings)
+    moments = Moments()
     shared = groups_shared(settings.share)
     arrays = to_arrays(learners[names[0]].model.state_dict(), shared)
     trace, images = [], 0
@@ -136,7 +134,8 @@ def train(
             reports.append(report)
         if attack:
             updates[names[-1]] = _attacked(updates[names[-1]], arrays, ATTACKS[attack])
-        arrays = server_step(strategy, number, arrays, _average(updates, weights, arrays, settings))
+        average = _average(updates, weights, arrays, settings)
+        arrays, moments = server_step(settings, moments, number, arrays, average)
         images += sum(report.slices for report in reports)
         losses = {k: float(np.mean([getattr(r, k) / r.slices for r in reports])) for k in ("cls", "seg", "rec")}
         trace.append(losses | {f"weight_{k}": v for k, v in learners[names[0]].balance.weights().items()})

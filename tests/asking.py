@@ -11,7 +11,7 @@ from client.app import app
 from shared.config import parse_config
 from shared.refusals import TEXTS
 from shared.scoring import build_model
-from shared.wire import Tensors, to_arrays, to_record
+from shared.wire import Tensors, from_record, shapes_of, to_arrays, to_record
 from tests.conftest import small_config
 
 NAME = "hospital-01"
@@ -75,7 +75,7 @@ def train_rounds(file: Path, rounds: int, run: str = "test", flat: dict | None =
         content = RecordDict({"arrays": to_record(encoder), "config": ConfigRecord(order)})
         reply = ask({"site": str(file)}, "train", content, flat)
         assert not reply.has_error(), reply.error.reason
-        encoder = {name: array.numpy() for name, array in reply.content["update"].items()}
+        encoder = from_record(reply.content["update"], shapes_of(encoder))
     return encoder
 
 
@@ -83,4 +83,4 @@ def own_heads(file: Path, run: str = "test", flat: dict | None = None) -> Tensor
     """The heads of a hospital that releases them."""
     order = RecordDict({"config": ConfigRecord({"run": run, "groups": ",".join(HEADS)})})
     reply = ask({"site": str(file)}, "query.heads", order, flat)
-    return {name: array.numpy() for name, array in reply.content["update"].items()}
+    return from_record(reply.content["update"], shapes_of(tensors(HEADS, flat)))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flwr.serverapp.strategy import FedAvg
+import numpy as np
+from flwr.app import Message
 
 from server.roster import Session, gather
-from server.strategy import build_strategy, train_round
+from server.server_step import Moments
+from server.strategy import train_round
 from shared.config import parse_config
 from shared.scoring import build_model
-from shared.wire import to_arrays
+from shared.wire import expected_shapes, from_record, to_arrays
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server
 
@@ -25,19 +27,25 @@ def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, 
     return folder / "latest", grid
 
 
-def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, FedAvg, dict]:
-    """A run before its first round: session, strategy and initial encoder."""
+def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, Moments, dict]:
+    """A run before its first round: session, moments and initial encoder."""
     config = parse_config(flat)
     session = Session(grid, config.federation, hospitals.root / "test")
     session.run.mkdir(exist_ok=True)
     arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
-    return session, build_strategy(config.federation), arrays
+    return session, Moments(), arrays
 
 
 def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_options: object):
     """One round through real client code; the grid, the members and the result."""
     grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
-    session, strategy, arrays = beginning(grid, flat, hospitals)
+    session, moments, arrays = beginning(grid, flat, hospitals)
     members = gather(session)
-    result = train_round(session, strategy, members, arrays, 1)
+    result = train_round(session, moments, members, arrays, 1)
     return grid, members, arrays, result
+
+
+def update_of(reply: Message) -> dict[str, np.ndarray]:
+    """The encoder's tensors that a hospital of the demonstration's model sent in a round."""
+    model = build_model(parse_config(small_config()).model, 0)
+    return from_record(reply.content["update"], expected_shapes(model.state_dict(), ("encoder",)))

@@ -29,7 +29,7 @@ def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
         "role": "train",
         "weight": 1.0,
         "release": "encoder,cls,seg,rec",
-        "protocol": 2,
+        "protocol": 3,
         "withheld": "",
     }
     cache = hospitals.cache(NAME)
@@ -160,8 +160,7 @@ def test_what_left_stands_in_the_audit_log(copied_hospitals: SmallHospitals) -> 
 
 def test_nothing_leaves_that_cannot_be_recorded(copied_hospitals: SmallHospitals) -> None:
     log = copied_hospitals.site(NAME).state / "audit.jsonl"
-    log.unlink(missing_ok=True)
-    log.mkdir()
+    log.mkdir(parents=True)
     reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
     assert refusal(reply) == Refusal.AUDIT
     assert not reply.has_content()

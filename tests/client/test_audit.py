@@ -102,9 +102,8 @@ def test_a_record_that_cannot_be_written_is_an_error_without_a_path(tmp_path: Pa
 def test_what_left_is_described_and_not_kept(tmp_path: Path) -> None:
     tensors = to_record({"encoder.a": np.array([3.0, 4.0], np.float32), "encoder.b": np.zeros((2, 2), np.float32)})
     described = contents(RecordDict({"update": tensors, "facts": ConfigRecord({"site": "hospital-03"})}))
-    (a, b) = described["update"]["tensors"]
-    assert (a[0], a[1], a[3]) == ("encoder.a", [2], 5.0)
-    assert (b[0], b[1], b[3]) == ("encoder.b", [2, 2], 0.0)
+    (group,) = described["update"]["tensors"]
+    assert (group[0], group[1], group[3]) == ("encoder", [6], 5.0)
     assert described["facts"] == {"site": "hospital-03"}
     record(tmp_path, "released", described)
     assert b"NUMPY" not in (tmp_path / FILE).read_bytes()

@@ -18,7 +18,7 @@ from client.footing import Footing, ModelNotOfRunError, after_round, check_final
 from shared.config import parse_config
 from shared.refusals import Refusal
 from shared.site import Site
-from shared.wire import Tensors, tally_from_record
+from shared.wire import PROBE, Tensors, from_record, shapes_of, tally_from_record
 from tests.asking import HEADS, NAME, ask, evaluate, evaluation_order, own_heads, refusal, tensors, train_rounds
 from tests.conftest import SmallHospitals, edit_site, small_config
 
@@ -135,7 +135,7 @@ def test_an_ensemble_has_as_many_heads_as_the_run_config_says(file: Path) -> Non
 def test_a_probe_is_a_head_for_classification_of_bounded_size(file: Path) -> None:
     flat = small_config(federation__heads="probe", federation__rounds=1)
     encoder = train_rounds(file, 1, flat=flat)
-    probe = {n: v for n, v in tensors(HEADS).items() if n in ("cls.weight", "cls.bias")}
+    probe = {name: tensors(HEADS)[name] for name in PROBE}
     huge = changed(probe, HEAD, 1000.0)
     assert refusal(evaluate(file, "final", flat, encoder=encoder, heads=huge)) == Refusal.NOT_OF_RUN
     assert refusal(evaluate(file, "final", flat, encoder=encoder)) == Refusal.TENSORS
@@ -150,7 +150,7 @@ def test_sharing_all_ties_the_heads_like_the_encoder(file: Path) -> None:
         {"arrays": evaluation_order("initial", tensors(("encoder", *HEADS)))["arrays"], "config": ConfigRecord(order)}
     )
     reply = ask({"site": str(file)}, "train", content, flat)
-    after = {name: array.numpy() for name, array in reply.content["update"].items()}
+    after = from_record(reply.content["update"], shapes_of(tensors(("encoder", *HEADS))))
     encoder = {n: v for n, v in after.items() if n.startswith("encoder.")}
     heads = {n: v for n, v in after.items() if not n.startswith("encoder.")}
     assert (

@@ -6,43 +6,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from server import runs
-from server.checkpoint import CheckpointError, checkpoints, load_checkpoint, restore_optimiser, save_checkpoint
-from server.strategy import build_strategy
+from server.checkpoint import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from server.server_step import Moments, server_step
 from shared.config import FederationSettings
-from tests.conftest import SmallHospitals, small_config
-from tests.loopback import LoopbackGrid
 
 ARRAYS = {"encoder.a": np.array([1.0, 2.0], np.float32), "encoder.b": np.array([[0.5]], np.float32)}
 
 
-def steps(strategy, grid, arrays: dict, targets: list[float], first: int = 1) -> dict:
+def steps(settings, moments: Moments, arrays: dict, targets: list[float], first: int = 1) -> tuple[dict, Moments]:
     """Server steps towards a mean that is everywhere `target`."""
     for number, target in enumerate(targets, start=first):
-        record = ArrayRecord({n: Array(v) for n, v in arrays.items()})
-        list(strategy.configure_train(number, record, ConfigRecord(), grid))
-        mean = ArrayRecord({n: Array(np.full_like(v, target)) for n, v in arrays.items()})
-        content = RecordDict({"arrays": mean, "metrics": MetricRecord({"weight": 1.0})})
-        new, _ = strategy.aggregate_train(number, [Message(content, dst_node_id=0, message_type="train")])
-        arrays = {n: a.numpy().astype(np.float32) for n, a in new.items()}
-    return arrays
+        average = {name: np.full_like(value, target) for name, value in arrays.items()}
+        arrays, moments = server_step(settings, moments, number, arrays, average)
+    return arrays, moments
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedavgm", "fedadam"])
-def test_going_on_from_a_checkpoint_is_going_on(name: str, tmp_path: Path, hospitals: SmallHospitals) -> None:
+def test_going_on_from_a_checkpoint_is_going_on(name: str, tmp_path: Path) -> None:
     settings = FederationSettings(strategy=name, server_learning_rate=0.3, server_momentum=0.8)
-    grid = LoopbackGrid([hospitals.files["hospital-01"]], small_config())
-    undisturbed = steps(build_strategy(settings), grid, ARRAYS, [3.0, -1.0, 2.0, 0.0])
+    undisturbed, _ = steps(settings, Moments(), ARRAYS, [3.0, -1.0, 2.0, 0.0])
 
-    before = build_strategy(settings)
-    arrays = steps(before, grid, ARRAYS, [3.0, -1.0])
-    save_checkpoint(tmp_path, 2, arrays, before)
-    saved, after = load_checkpoint(tmp_path), build_strategy(settings)
-    restore_optimiser(after, saved)
+    save_checkpoint(tmp_path, 2, *steps(settings, Moments(), ARRAYS, [3.0, -1.0]))
+    saved = load_checkpoint(tmp_path)
     assert saved.round_number == 2
-    resumed = steps(after, grid, saved.arrays, [2.0, 0.0], first=3)
+    resumed, _ = steps(settings, saved.moments, saved.arrays, [2.0, 0.0], first=3)
     for key, value in undisturbed.items():
         np.testing.assert_array_equal(resumed[key], value)
 
@@ -51,7 +40,7 @@ def saved_rounds(folder: Path, *numbers: int) -> list[Path]:
     """Checkpoints of rounds, each with its number in every value; newest first."""
     for number in numbers:
         arrays = {n: np.full_like(v, number) for n, v in ARRAYS.items()}
-        save_checkpoint(folder, number, arrays, build_strategy(FederationSettings()), ["b", "a"])
+        save_checkpoint(folder, number, arrays, Moments(), ["b", "a"])
     return checkpoints(folder)
 
 
@@ -116,8 +105,8 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_waits_for_room(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(runs, "DISK_PAUSE_S", 0.01)
-    strategy, large = build_strategy(FederationSettings()), {"encoder.a": np.ones(8000, np.float32)}
-    save_checkpoint(small_disk, 1, ARRAYS, strategy)
+    large = {"encoder.a": np.ones(8000, np.float32)}
+    save_checkpoint(small_disk, 1, ARRAYS, Moments())
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(40 * 1024))
     attempts = []
@@ -126,7 +115,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_waits_for_room(
         attempts.append(load_checkpoint(small_disk).round_number)
         if len(attempts) == 3:
             ballast.unlink()
-        save_checkpoint(small_disk, 2, large, strategy)
+        save_checkpoint(small_disk, 2, large, Moments())
 
     runs.write_patiently(small_disk, write)
     assert attempts == [1, 1, 1], "the state before was whole all the time"

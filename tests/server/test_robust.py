@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum
 from flwr.supercore.task_identity import TaskIdentity
 
 from server.aggregate import WeightedSum, fold, mean
@@ -13,12 +15,6 @@ from shared.wire import Tensors
 
 RULES = ["mean", "median", "trimmed-mean", "krum"]
 PLAIN = FederationSettings(quorum=5)
-
-
-@pytest.fixture(autouse=True)
-def inside_flower() -> None:
-    """Flower's processes set this before they call an app; a message cannot be made without."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
 def settings(rule: str = "mean", **changes: object) -> FederationSettings:
@@ -277,3 +273,28 @@ def test_the_plain_mean_is_moved_by_one_hospital_of_four(attack: float, step: fl
 def test_hand_computed_step_beside_a_flipped_or_hundredfold_update(attack: float, rule: str, step: float) -> None:
     four = sites(one(0.9), one(1), one(1.1), one(attack))
     assert result(four, one(0), settings(rule)) == pytest.approx(step)
+
+
+FLOWERS = {
+    "median": lambda sites: FedMedian(weighted_by_key="weight"),
+    "trimmed-mean": lambda sites: FedTrimmedAvg(weighted_by_key="weight", beta=1 / sites + 1e-9),
+    "krum": lambda sites: Krum(weighted_by_key="weight", num_malicious_nodes=1),
+}
+
+
+@pytest.mark.parametrize("count", [5, 6, 9])
+@pytest.mark.parametrize("rule", FLOWERS)
+def test_every_rule_is_flowers(rule: str, count: int) -> None:
+    """Flower's strategies are given the differences, as records."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # a message cannot be made without
+    for seed in range(5):
+        start, updates, weights = random_round(count, seed)
+        replies = []
+        for site in sorted(updates):
+            record = ArrayRecord({name: Array(updates[site][name] - start[name]) for name in sorted(start)})
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"weight": 1.0})})
+            replies.append(Message(content, dst_node_id=0, message_type="train"))
+        theirs, _ = FLOWERS[rule](count).aggregate_train(1, replies)
+        ours = combine(updates, weights, start, settings(rule)).arrays
+        for name, array in theirs.items():
+            np.testing.assert_allclose(ours[name], start[name] + array.numpy(), rtol=1e-6, atol=1e-9)

@@ -38,11 +38,11 @@ def npy(value: np.ndarray) -> bytes:
 
 
 def claiming(
-    data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (3,), stype: str = "numpy.ndarray"
+    data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (9,), stype: str = "numpy.ndarray"
 ) -> ArrayRecord:
-    """A record whose bias says one thing and holds another."""
+    """A record whose encoder says one thing and holds another."""
     record = to_record(good())
-    record["encoder.bias"] = Array(dtype=dtype, shape=shape, stype=stype, data=data)
+    record["encoder"] = Array(dtype=dtype, shape=shape, stype=stype, data=data)
     return record
 
 
@@ -81,7 +81,15 @@ def test_bfloat16_goes_out_as_float32() -> None:
     arrays = to_arrays({"encoder.w": value}, ("encoder",))
     assert arrays["encoder.w"].dtype == np.float32
     assert arrays["encoder.w"].tolist() == value.float().tolist()
-    assert to_record(arrays)["encoder.w"].dtype == "float32"
+    assert to_record(arrays)["encoder"].dtype == "float32"
+
+
+def test_a_group_is_one_flat_array_in_the_order_of_names() -> None:
+    record = to_record(good() | {"cls.a": np.ones((1, 2)), "cls.b": np.zeros(())})
+    assert {key: array.shape for key, array in record.items()} == {"cls": (3,), "encoder": (9,)}
+    assert record["encoder"].numpy().tolist() == [*good()["encoder.bias"], *good()["encoder.weight"].ravel()]
+    read = from_record(record, {"encoder.weight": (2, 3), "cls.b": (), "cls.a": (1, 2), "encoder.bias": (3,)})
+    assert (read["cls.a"].tolist(), read["cls.b"].tolist()) == ([[1, 1]], 0)
 
 
 def test_a_transposed_array_arrives_in_its_shape() -> None:
@@ -97,19 +105,25 @@ def replaced(value: np.ndarray) -> ArrayRecord:
     return claiming(npy(value), str(value.dtype), value.shape)
 
 
+def with_bias(*values: float) -> ArrayRecord:
+    return to_record(good() | {"encoder.bias": np.array(values, np.float32)})
+
+
 @pytest.mark.parametrize(
     ("record", "text"),
     [
-        (without("encoder.bias"), r"1 tensors missing \(encoder\.bias\)"),
-        (to_record(good() | {"seg.output.bias": np.zeros(1)}), r"1 unexpected \(seg\.output\.bias\)"),
-        (replaced(np.zeros(1, np.float32)), r"encoder\.bias: float32 \(1,\), expected float32 \(3,\)"),
-        (replaced(np.zeros((3, 1), np.float32)), r"encoder\.bias: float32 \(3, 1\)"),
-        (replaced(np.zeros(3, np.float64)), r"encoder\.bias: float64 \(3,\), expected float32"),
-        (replaced(np.array([0, np.nan, 0], np.float32)), r"encoder\.bias: 1 values are not finite"),
-        (replaced(np.array([np.inf, 0, -np.inf], np.float32)), r"encoder\.bias: 2 values are not finite"),
-        (claiming(npy(np.zeros(1, np.float32))), r"encoder\.bias: <f4 \(1,\), expected float32 \(3,\)"),
-        (claiming(npy(np.zeros(3, np.float64))), r"encoder\.bias: <f8 \(3,\)"),
-        (claiming(npy(np.zeros(3, ">f4"))), r"encoder\.bias: >f4 \(3,\)"),
+        (without("encoder.bias"), r"tensors of encoder: float32 \(6,\), expected float32 \(9,\)"),
+        (ArrayRecord(), r"1 groups of tensors missing \(encoder\)"),
+        (to_record(good() | {"seg.output.bias": np.zeros(1)}), r"1 unexpected \(seg\)"),
+        (replaced(np.zeros(1, np.float32)), r"encoder: float32 \(1,\), expected float32 \(9,\)"),
+        (replaced(np.zeros((9, 1), np.float32)), r"encoder: float32 \(9, 1\)"),
+        (replaced(np.zeros(9, np.float64)), r"encoder: float64 \(9,\), expected float32"),
+        (with_bias(0, np.nan, 0), r"encoder\.bias: 1 values are not finite"),
+        (with_bias(np.inf, 0, -np.inf), r"encoder\.bias: 2 values are not finite"),
+        (with_bias(0, 2e8, 0), r"encoder\.bias: values beyond 1e\+08"),
+        (claiming(npy(np.zeros(1, np.float32))), r"encoder: <f4 \(1,\), expected float32 \(9,\)"),
+        (claiming(npy(np.zeros(9, np.float64))), r"encoder: <f8 \(9,\)"),
+        (claiming(npy(np.zeros(9, ">f4"))), r"encoder: >f4 \(9,\)"),
     ],
 )
 def test_a_wrong_tensor_is_named(record: ArrayRecord, text: str) -> None:
@@ -141,21 +155,21 @@ def boundless() -> bytes:
     [
         claiming(b""),
         claiming(b"no array at all"),
-        claiming(npy(np.zeros(3, np.float32))[:-4]),
+        claiming(npy(np.zeros(9, np.float32))[:-4]),
         claiming(pickled()),
         claiming(zipped()),
         claiming(boundless()),
-        claiming(npy(np.zeros(3, np.float32)), stype="torch.Tensor"),
+        claiming(npy(np.zeros(9, np.float32)), stype="torch.Tensor"),
     ],
     ids=["empty", "text", "cut", "pickle", "zip", "boundless", "other serialisation"],
 )
 def test_bytes_that_are_no_array_are_a_wrong_tensor_and_nothing_worse(record: ArrayRecord) -> None:
-    with pytest.raises(UpdateError, match=r"encoder\.bias"):
+    with pytest.raises(UpdateError, match=r"tensors of encoder"):
         from_record(record, SHAPES)
 
 
 def test_three_names_are_enough() -> None:
-    with pytest.raises(UpdateError, match=r"5 tensors missing \(a, b, c…\)"):
+    with pytest.raises(UpdateError, match=r"5 groups of tensors missing \(a, b, c…\)"):
         from_record(ArrayRecord(), dict.fromkeys("edcba", (1,)))
 
 

@@ -15,7 +15,6 @@ import simulations.experiments as experiments
 import simulations.tables as tables
 import simulations.trials as trials
 from server.checkpoint import load_checkpoint
-from server.strategy import build_strategy
 from shared.config import parse_config
 from simulations.consortia import CAUSES, consortium
 from simulations.experiments import (
@@ -115,7 +114,7 @@ def test_every_experiment_can_be_read_and_every_arm_runs_a_known_recipe() -> Non
         assert len(results) == len(set(results)) == len(experiment.seeds) * len(experiment.arms)
         for job in jobs(experiment):
             assert job.digest() == job.digest()
-            build_strategy(job.arm.run_config(job.seed).federation)
+            job.arm.run_config(job.seed)
             assert trainings(job)
 
 
