@@ -39,10 +39,10 @@ PATIENTS, SLICES = 10, 3
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers one tests real processes, first and one after the other; the others take file by file."""
+    real = Path(__file__).parent / "federation"
     for item in items:
-        federation = item.path.parent.name == "federation"
-        item.add_marker(pytest.mark.xdist_group("federation" if federation else str(item.path)))
-    items.sort(key=lambda item: item.path.parent.name != "federation")
+        item.add_marker(pytest.mark.xdist_group("federation" if item.path.parent == real else str(item.path)))
+    items.sort(key=lambda item: item.path.parent != real)
 
 
 @dataclass(frozen=True)
