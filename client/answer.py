@@ -31,9 +31,9 @@ from client.code import CodeError, read_bundle
 from client.frames import reply_frames
 from client.policy import admit_code
 from client.program import Task
-from shared.instructions import InstructionError, RepeatedError, open_instruction
 from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site
+from shared.wire.instructions import InstructionError, RepeatedError, open_instruction
 
 ANSWERED = "answered.json"  # in the site's state folder: random number of an instruction -> until when it counts
 MOST_ANSWERED = 100_000  # instructions within LONGEST_S; a round asks a hospital three or four times

@@ -19,7 +19,7 @@ from pathlib import Path
 from client.code import ROOT, code_hash
 from client.frames import FrameError, receive_frames, send_frames
 from client.program import CANNOT_FORK, READY, Task
-from shared.processes import end_owned, flower_environment
+from shared.host.processes import end_owned, flower_environment
 
 START_S = 600.0  # importing torch on a busy machine has taken a minute
 LOOK_S = 30.0  # between two looks whether a run still goes on
@@ -39,7 +39,7 @@ class Answering:
     """The warm process.
 
     Args:
-      owner: folder that marks the processes as this daemon's (shared/processes.py).
+      owner: folder that marks the processes as this daemon's (shared/host/processes.py).
       site_yaml: whose owner answers.
       say: for the daemon's log.
     """

@@ -40,12 +40,12 @@ from client.policy import (
 from client.train import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError
+from shared.model.scoring import best_device, score_slices
 from shared.refusals import TEXTS, Refusal, Refused
-from shared.scoring import best_device, score_slices
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError, SliceCache, read_cache
 from shared.tally import tally_scores
-from shared.wire import (
+from shared.wire.records import (
     PROTOCOL_VERSION,
     Tensors,
     UpdateError,

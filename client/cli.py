@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from client.dicom import Fault, silence_readers
 from client.faults import by_reason
 from client.ingest import IngestError, IngestReport, ingest
-from shared.enrol import EnrolError
-from shared.rights import words_of
+from shared.host.rights import words_of
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
+from shared.wire.enrolment import EnrolError
 
 app = typer.Typer(
     no_args_is_help=True,

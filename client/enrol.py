@@ -20,7 +20,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.config import NAME_WORDS, is_name
-from shared.enrol import (
+from shared.host.rights import not_permitted
+from shared.site import Site, read_site
+from shared.wire.enrolment import (
     EnrolError,
     Invitation,
     Request,
@@ -33,8 +35,6 @@ from shared.enrol import (
     read_letter,
     write_letter,
 )
-from shared.rights import not_permitted
-from shared.site import Site, read_site
 
 _TEMPLATE = """\
 # What {site} says about itself; it belongs to the hospital, and nothing that the centre sends changes it.

@@ -33,12 +33,12 @@ from client.node import (
     message_text,
 )
 from client.program import Task, make_place
-from shared.enrol import EnrolError
-from shared.processes import HeldError, end_owned, hold
+from shared.host.processes import HeldError, end_owned, hold
+from shared.host.rights import user_name
+from shared.host.systemd import unit_text
 from shared.refusals import TEXTS, Refusal
-from shared.rights import user_name
 from shared.site import Site
-from shared.units import unit_text
+from shared.wire.enrolment import EnrolError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
 BUSY_POLL_S, IDLE_POLL_S = 0.25, 3.0  # between two questions for a message, while a run goes on and otherwise

@@ -19,10 +19,10 @@ import httpx
 from cryptography import x509
 
 from client.enrol import Centre, centre_context, read_known_centre
-from shared.enrol import REVOKED, UNKNOWN, EnrolError
-from shared.processes import LOOPBACK
+from shared.host.processes import LOOPBACK
 from shared.site import Site
 from shared.slices import CacheError, read_cache
+from shared.wire.enrolment import REVOKED, UNKNOWN, EnrolError
 
 CLOCK_S = 120.0  # Flower takes a node's signature for five minutes
 TIMEOUT_S = 10.0

@@ -17,12 +17,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from shared.batches import Batch, Inputs, batches_in, epoch_batches, make_batch, make_inputs
 from shared.config import RunConfig
-from shared.losses import TaskBalance, slice_losses
-from shared.model import VARIANTS, MultiTaskSwin, autocast
+from shared.model.batches import Batch, Inputs, batches_in, epoch_batches, make_batch, make_inputs
+from shared.model.losses import TaskBalance, slice_losses
+from shared.model.scoring import build_model
+from shared.model.swin import VARIANTS, MultiTaskSwin, autocast
 from shared.refusals import Refusal, Refused
-from shared.scoring import build_model
 from shared.slices import SliceCache
 
 # Where the network meets pixels and the logit: no rotation of their inputs is natural, so they are not Muon's.

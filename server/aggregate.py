@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.wire import Tensors, UpdateError
+from shared.wire.records import Tensors, UpdateError
 
 
 @dataclass(frozen=True)

@@ -45,15 +45,15 @@ from server.runs import (
 from server.server_step import Moments
 from server.strategy import RoundResult, repeat_round
 from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
-from shared.foreign import shown
 from shared.metrics import auc
-from shared.model import ModelError, MultiTaskSwin, load_pretrained
+from shared.model.scoring import build_model
+from shared.model.swin import ModelError, MultiTaskSwin, load_pretrained
 from shared.rules import TENSOR_GROUPS
-from shared.scoring import build_model
 from shared.site import SiteError, read_site
 from shared.slices import CacheError, read_cache
 from shared.tally import spread
-from shared.wire import (
+from shared.wire.foreign import shown
+from shared.wire.records import (
     Tensors,
     UpdateError,
     expected_shapes,

@@ -2,7 +2,7 @@
 
 One authority, made by `hemafed-server init`, signs the centre's server certificates; hospitals get the authority's
 certificate with their invitation and trust nothing else. Hospitals' certificates are self-signed and not its work
-(shared/enrol.py).
+(shared/wire/enrolment.py).
 Source of the fields: RFC 5280; of the limits on names: RFC 6125.
 """
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from shared.rights import not_permitted
+from shared.host.rights import not_permitted
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
 WARN_DAYS = 30

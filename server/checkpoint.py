@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from server.server_step import Moments
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 
 KEPT = 2
 _HASH = "sha256"  # key of the metadata

@@ -20,8 +20,8 @@ from server.runs import RunError, check_run, flatten, new_run_name, read_keys
 from server.state import follow_run, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from shared.config import ConfigError, parse_config
-from shared.enrol import EnrolError, Request, read_letter
-from shared.rights import words_of
+from shared.host.rights import words_of
+from shared.wire.enrolment import EnrolError, Request, read_letter
 
 app = typer.Typer(
     no_args_is_help=True,

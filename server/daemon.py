@@ -22,7 +22,6 @@ from pathlib import Path
 import tomli_w
 
 from server.centre import CONNECTION, Centre, CentreError, expiry_warnings
-from server.files import bound_log
 from server.flower import centre_environment, flwr, write_credentials
 from server.members import read_sites, write_nodes
 from server.proxy import (
@@ -35,7 +34,8 @@ from server.proxy import (
 )
 from server.runs import read_status, write_status
 from server.wanted import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
-from shared.processes import HeldError, answers, end_owned, hold
+from shared.host.files import bound_log
+from shared.host.processes import HeldError, answers, end_owned, hold
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 60.0

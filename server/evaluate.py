@@ -30,15 +30,15 @@ from server.runs import (
     save_tally,
     update_summary,
 )
-from shared.batches import read_batch
 from shared.config import RunConfig
 from shared.metrics import Counts, MetricsError, Tally, best_threshold, summarise
-from shared.model import MultiTaskSwin, autocast
-from shared.scoring import best_device, build_model, score_slices
+from shared.model.batches import read_batch
+from shared.model.scoring import best_device, build_model, score_slices
+from shared.model.swin import MultiTaskSwin, autocast
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from shared.tally import pooled, spread, tally_scores
-from shared.wire import group
+from shared.wire.records import group
 
 PROBE_BATCH = 32
 

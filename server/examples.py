@@ -13,10 +13,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from shared.batches import read_batch
 from shared.config import RunConfig
-from shared.gradcam import grad_cam
-from shared.model import MultiTaskSwin, autocast
+from shared.model.batches import read_batch
+from shared.model.gradcam import grad_cam
+from shared.model.swin import MultiTaskSwin, autocast
 from shared.slices import SliceCache
 
 COLUMNS = ("slice and mask", "prediction", "reconstruction", "Grad-CAM")

@@ -15,7 +15,7 @@ import yaml
 
 from server.authority import write_private
 from server.centre import Centre, CentreError
-from shared.processes import flower_environment
+from shared.host.processes import flower_environment
 
 PROGRAMS = Path(sys.executable).parent  # of this environment: flwr, flower-superlink, flower-superexec
 

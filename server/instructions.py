@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from server.centre import read_centre
 from server.members import registered_nodes
-from shared.instructions import Signer
+from shared.wire.instructions import Signer
 
 
 class SigningGrid(Grid):

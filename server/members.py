@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from server.centre import Centre, CentreError, read_centre
-from server.files import replace_text
 from shared.config import NAME_WORDS, is_name
-from shared.enrol import Invitation, Request, check_request, key_fingerprint, write_letter
+from shared.host.files import replace_text
+from shared.wire.enrolment import Invitation, Request, check_request, key_fingerprint, write_letter
 
 INVITATION_DAYS = 14
 

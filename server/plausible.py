@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shared.metrics import Tally
-from shared.wire import UpdateError
+from shared.wire.records import UpdateError
 
 MOST_SLICES = 100_000_000  # of one hospital
 WHOLE = ("patients", "slices", "positives", "steps")

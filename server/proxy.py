@@ -25,11 +25,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from server.centre import Centre, CentreError
-from server.files import replace_text
 from server.members import KnownSite
-from shared.enrol import ABSENT, REVOKED, UNKNOWN
-from shared.processes import end_all
-from shared.rights import group_name, user_name
+from shared.host.files import replace_text
+from shared.host.processes import end_all
+from shared.host.rights import group_name, user_name
+from shared.wire.enrolment import ABSENT, REVOKED, UNKNOWN
 
 # flwr/supernode/fleet_http_client.py, without register-node and unregister-node: `hemafed-server register` does that.
 # Largest body of each call, in KB: tensors travel in pieces of 5 MB, a reply's list of objects has 70 bytes for each.

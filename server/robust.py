@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 
 from server.aggregate import WeightedSum, fold, mean
 from shared.config import FederationSettings
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 
 _LEAST_NORM = 1e-12
 

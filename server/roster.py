@@ -20,10 +20,10 @@ from server.plausible import check_counts
 from server.runs import write_status
 from server.weights import site_weights
 from shared.config import FederationSettings, is_name
-from shared.foreign import LONGEST_NAME, shown
 from shared.rules import TENSOR_GROUPS
 from shared.site import ROLES
-from shared.wire import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
+from shared.wire.foreign import LONGEST_NAME, shown
+from shared.wire.records import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, however large

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
-from server.files import replace_text
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
+from shared.host.files import replace_text
 from shared.metrics import Tally
-from shared.wire import UNREADABLE, tally_from_arrays, tally_to_arrays
+from shared.wire.records import UNREADABLE, tally_from_arrays, tally_to_arrays
 
 DISK_PAUSE_S = 15.0
 STAGES = ("initial", "final")

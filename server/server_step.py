@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared.config import FederationSettings
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 
 ADAM_BETA_2, ADAM_TAU = 0.99, 1e-3  # Flower's defaults
 

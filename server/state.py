@@ -17,7 +17,7 @@ from server.flower import flwr
 from server.members import read_nodes, read_sites
 from server.runs import read_rounds, read_status
 from server.wanted import TERMINAL, Wanted, is_running, read_trouble, read_wanted
-from shared.units import unit_text
+from shared.host.systemd import unit_text
 
 FOLLOW_S = 1.0
 LEAST_FREE_GB = 2.0

@@ -21,9 +21,9 @@ from server.roster import Late, Member, QuorumError, Session, content_of, gather
 from server.runs import write_status
 from server.server_step import Moments, server_step
 from shared.config import FederationSettings
-from shared.foreign import LONGEST_NAME, shown
 from shared.metrics import Tally
-from shared.wire import (
+from shared.wire.foreign import LONGEST_NAME, shown
+from shared.wire.records import (
     Tensors,
     UpdateError,
     from_record,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.centre import Centre, CentreError
-from server.files import replace_text
-from shared.processes import is_held
+from shared.host.files import replace_text
+from shared.host.processes import is_held
 
 TERMINAL = ("finished", "failed", "stopped")
 

@@ -48,7 +48,7 @@ class ModelSettings:
     """What is trained.
 
     Attributes:
-      variant: a key of shared.model.VARIANTS.
+      variant: a key of shared.model.swin.VARIANTS.
       windows_hu: one input channel each, "low:high" in HU, separated by commas.
       pretrained: safetensors file with timm Swin weights for the initial encoder, on the server; empty for none.
     """
@@ -79,7 +79,7 @@ class LossSettings:
     Attributes:
       cls, seg, rec: weights; the paper's are 0.3, 0.4, 0.4 (arXiv:2505.06185, equation 1). A task of weight 0 is left
         out, its decoder is not computed.
-      weighting: "fixed" keeps them; "uncertainty" and "gradnorm" begin with them and learn on, see shared/losses.py.
+      weighting: "fixed" keeps them; "uncertainty" and "gradnorm" begin with them and learn on, see shared/model/losses.py.
     """
 
     cls: float = 0.3

@@ -3,7 +3,7 @@
 A cache folder holds `slices.npy` (N, 224, 224) int16 HU and `masks.npy` (N, 224, 224) uint8, both memory-
 mapped, `index.csv` (one row per slice) and `cache.json` (format, settings, source manifest, counts). A slice
 is 224 mm wide at 1 mm per pixel, centred on the head, so a lesion has the same size in pixels everywhere.
-Windowing happens when a batch is made (shared/batches.py): a new window needs no new ingest.
+Windowing happens when a batch is made (shared/model/batches.py): a new window needs no new ingest.
 
 Nothing here identifies a patient: patients and series are keyed hashes made by client/ingest.py.
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from shared.batches import make_batch, make_inputs
 from shared.config import RunConfig
-from shared.losses import slice_losses
-from shared.model import MultiTaskSwin
+from shared.model.batches import make_batch, make_inputs
+from shared.model.losses import slice_losses
+from shared.model.swin import MultiTaskSwin
 from shared.slices import SliceCache
 
 BRAIN_HU = (10.0, 60.0)  # what counts as brain when its level is measured

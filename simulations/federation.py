@@ -25,7 +25,7 @@ from server.centre import Centre, read_centre
 from server.runs import read_rounds, read_status
 from server.state import online
 from server.wanted import TERMINAL, read_wanted
-from shared.processes import OWNER, end_all, owned
+from shared.host.processes import OWNER, end_all, owned
 from shared.site import read_site
 
 ROOT = Path(__file__).resolve().parent.parent

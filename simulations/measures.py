@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from shared.batches import Batch, read_batch
 from shared.config import RunConfig
-from shared.gradcam import grad_cam
-from shared.losses import TASKS, slice_losses
 from shared.metrics import Scores
-from shared.model import MultiTaskSwin
-from shared.scoring import build_model, score_slices
+from shared.model.batches import Batch, read_batch
+from shared.model.gradcam import grad_cam
+from shared.model.losses import TASKS, slice_losses
+from shared.model.scoring import build_model, score_slices
+from shared.model.swin import MultiTaskSwin
 from shared.slices import SliceCache
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 from simulations.similarity import gradient_cosine, linear_cka, mean_cca
 
 REGIONS = ("hematoma", "brain", "skull", "outside")

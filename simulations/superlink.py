@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from shared.processes import answers, end_all, flower_environment
+from shared.host.processes import answers, end_all, flower_environment
 
 CONNECTION = "simulation"
 LOG = "superlink.log"

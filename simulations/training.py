@@ -22,13 +22,13 @@ from server.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.checkpoint import read_tensors, write_tensors
 from server.robust import combine, is_plain
 from server.server_step import Moments, server_step
-from shared.batches import Batch, batches_in, read_batch
 from shared.config import FederationSettings, RunConfig
-from shared.losses import slice_losses
-from shared.model import VARIANTS, MultiTaskSwin
-from shared.scoring import best_device
+from shared.model.batches import Batch, batches_in, read_batch
+from shared.model.losses import slice_losses
+from shared.model.scoring import best_device
+from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
-from shared.wire import Tensors, groups_shared, to_arrays
+from shared.wire.records import Tensors, groups_shared, to_arrays
 
 MODES = ("federated", "pooled", "alone")
 ADJUSTMENT = 0.1  # FedDG-GA's largest step of a site's weight in the first round; it falls to 0 with the rounds

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from server.evaluate import fit_probe
-from shared.batches import Batch, read_batch
 from shared.config import RunConfig, parse_config
 from shared.metrics import Scores
-from shared.model import VARIANTS, MultiTaskSwin
+from shared.model.batches import Batch, read_batch
+from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 from simulations.adapting import brain_level_hu, calibrated, retrained
 from simulations.ceiling import fit_radiomics, oracle_scores, radiomics, radiomics_scores
 from simulations.consortia import DEVELOPMENT, Consortium, consortium

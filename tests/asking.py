@@ -9,9 +9,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
 from shared.config import parse_config
+from shared.model.scoring import build_model
 from shared.refusals import TEXTS
-from shared.scoring import build_model
-from shared.wire import Tensors, from_record, shapes_of, to_arrays, to_record
+from shared.wire.records import Tensors, from_record, shapes_of, to_arrays, to_record
 from tests.conftest import small_config
 
 NAME = "hospital-01"

@@ -20,7 +20,7 @@ from server.authority import Pair
 from server.centre import Centre, CentreError, init_centre
 from server.members import invitation_path, invite, register
 from server.proxy import find_nginx
-from shared.enrol import Request, read_letter
+from shared.wire.enrolment import Request, read_letter
 from tests.small_sites import make_site
 
 Answer = Callable[[socket.socket], None]  # what a server does with one connection

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.code import ROOT
 from client.program import Task, make_place
 from server.authority import Pair, issue_signer, make_authority, read_certificate
-from shared.instructions import Signer
+from shared.wire.instructions import Signer
 
 RUN_ID, NODE_ID = 17, 5
 

@@ -11,8 +11,8 @@ from server.roster import Session, gather
 from server.server_step import Moments
 from server.strategy import train_round
 from shared.config import parse_config
-from shared.scoring import build_model
-from shared.wire import expected_shapes, from_record, to_arrays
+from shared.model.scoring import build_model
+from shared.wire.records import expected_shapes, from_record, to_arrays
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server
 

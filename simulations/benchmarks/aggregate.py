@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from server.aggregate import WeightedSum, fold, mean
-from shared.wire import from_record
+from shared.wire.records import from_record
 
 
 def messages(updates: int, megabytes: float) -> Iterator[Message]:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.flower import PROGRAMS
-from shared.processes import end_all, flower_environment, owned
+from shared.host.processes import end_all, flower_environment, owned
 from simulations.federation import free_ports
 
 TIMEOUT_S = 600.0

@@ -24,10 +24,10 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from client.train import build_learner, train_step, training_inputs
-from shared.batches import make_batch, make_inputs
 from shared.config import RunConfig, parse_config
-from shared.losses import TaskBalance, slice_losses
-from shared.scoring import best_device, build_model
+from shared.model.batches import make_batch, make_inputs
+from shared.model.losses import TaskBalance, slice_losses
+from shared.model.scoring import best_device, build_model
 from shared.slices import SliceCache
 from simulations.drawn import draw_hospitals
 from simulations.hospitals import HOSPITALS

@@ -19,9 +19,9 @@ from client.answer import ANSWERED, MOST_ANSWERED, answer, first_time
 from client.audit import read_entries, verify
 from client.code import code_hash
 from client.program import Task
-from shared.instructions import InstructionError
 from shared.refusals import TEXTS
 from shared.site import read_site
+from shared.wire.instructions import InstructionError
 from tests.conftest import SmallHospitals, small_config
 from tests.orders import RUN_ID, Sender, opened, project_bundle
 

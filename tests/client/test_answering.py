@@ -22,9 +22,9 @@ from client.answering import AnswerError, Answering, StoppedError, answering_use
 from client.frames import FrameError, receive_frames, send_frames
 from client.join import keep_from_others
 from shared.config import parse_config
-from shared.processes import owned
-from shared.scoring import build_model
-from shared.wire import to_arrays, to_record
+from shared.host.processes import owned
+from shared.model.scoring import build_model
+from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, small_config
 from tests.orders import Sender, opened
 

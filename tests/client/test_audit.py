@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from client.audit import CUT, FILE, START, AuditError, contents, record, verify
-from shared.wire import to_record
+from shared.wire.records import to_record
 
 
 def filled(folder: Path, entries: int = 5) -> list[str]:

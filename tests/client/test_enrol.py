@@ -17,7 +17,9 @@ from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 from client.enrol import Centre, init_site, read_known_centre, read_node_key
 from server.centre import Centre as Coordinator
 from server.members import read_sites, register, revoke
-from shared.enrol import (
+from shared.rules import Policy
+from shared.site import SiteError, read_site
+from shared.wire.enrolment import (
     EnrolError,
     Invitation,
     Request,
@@ -28,8 +30,6 @@ from shared.enrol import (
     read_letter,
     write_letter,
 )
-from shared.rules import Policy
-from shared.site import SiteError, read_site
 from tests.centres import invitation_file, make_centre
 from tests.small_sites import contents, make_site
 

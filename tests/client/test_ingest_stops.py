@@ -17,7 +17,7 @@ import pytest
 from client import scan as scan_module
 from client.ingest import IngestError, ingest
 from client.store import read_journal
-from shared.processes import is_alive
+from shared.host.processes import is_alive
 from shared.site import read_site
 from shared.slices import CacheError, read_cache
 from tests.small_sites import (

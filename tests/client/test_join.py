@@ -16,10 +16,10 @@ import client.join
 from client.enrol import read_known_centre
 from client.join import Daemon, install_unit, site_unit
 from client.node import ConnectionLostError, RunOverError
-from shared.enrol import EnrolError
-from shared.processes import flower_environment, hold, is_held, owned
+from shared.host.processes import flower_environment, hold, is_held, owned
 from shared.refusals import Refusal
 from shared.site import read_site
+from shared.wire.enrolment import EnrolError
 from tests.centres import enrol, make_centre
 from tests.orders import opened
 from tests.small_sites import make_site

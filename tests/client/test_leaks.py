@@ -19,7 +19,7 @@ from client.cli import audit_lines
 from shared.config import RunConfig
 from shared.refusals import FIRST_KEY, TEXTS, Refusal, code_of_key
 from shared.site import read_site
-from shared.wire import Tensors, to_record
+from shared.wire.records import Tensors, to_record
 from tests.asking import HEADS, NAME, ask, evaluate, evaluation_order, refusal, tensors, train_order, train_rounds
 from tests.conftest import SmallHospitals, edit_site, small_config
 

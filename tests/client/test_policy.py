@@ -26,7 +26,7 @@ from shared.refusals import TEXTS, Refusal
 from shared.rules import Bound, Policy
 from shared.site import Site
 from shared.tally import tally_scores
-from shared.wire import tally_to_record, to_record
+from shared.wire.records import tally_to_record, to_record
 
 
 def site(**rules: object) -> Site:

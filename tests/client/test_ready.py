@@ -12,8 +12,8 @@ from client.enrol import read_known_centre, read_node_key
 from client.ready import Finding, check_ready
 from server.authority import Pair, issue_server, make_authority, read_certificate
 from server.centre import Centre
-from shared.enrol import REVOKED, UNKNOWN, make_certificate, make_node_key
 from shared.site import Site, read_site
+from shared.wire.enrolment import REVOKED, UNKNOWN, make_certificate, make_node_key
 from tests.centres import closed_port, enrol, make_centre, over_tls, page, serving
 from tests.small_sites import ingested, make_site, patients
 

@@ -18,9 +18,9 @@ from client.train import (
     train_step,
     training_inputs,
 )
-from shared.batches import make_batch
 from shared.config import ModelSettings, RunConfig
-from shared.scoring import build_model
+from shared.model.batches import make_batch
+from shared.model.scoring import build_model
 from shared.slices import SliceCache
 from tests.conftest import SmallHospitals
 from tests.training import SLICES, changed, equal, fresh, train_one_round, trained

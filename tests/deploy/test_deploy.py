@@ -23,7 +23,7 @@ import yaml
 from client.code import code_hash
 from server.centre import Centre
 from server.state import write_unit
-from shared.units import unit_text
+from shared.host.systemd import unit_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

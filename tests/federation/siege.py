@@ -19,7 +19,7 @@ from server.daemon import Daemon
 from server.flower import flwr
 from server.members import read_nodes
 from server.proxy import is_listening
-from shared.processes import owned
+from shared.host.processes import owned
 from simulations.federation import free_ports
 from tests.centres import enrol, need_nginx, wait_for
 from tests.fleet_node import FleetNode

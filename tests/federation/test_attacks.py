@@ -33,7 +33,7 @@ from server.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, U
 from server.flower import flwr
 from server.members import revoke
 from server.proxy import CALLS_PER_S
-from shared.processes import owned
+from shared.host.processes import owned
 from shared.site import read_site
 from tests.centres import wait_for
 from tests.federation.siege import REPLY_MB, Besieged, held, siege

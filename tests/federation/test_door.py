@@ -35,8 +35,8 @@ from server.flower import flwr
 from server.members import read_nodes
 from server.proxy import FLEET_CALLS
 from server.runs import read_status
-from shared.enrol import ABSENT, UNKNOWN, make_certificate, make_node_key
 from shared.site import read_site
+from shared.wire.enrolment import ABSENT, UNKNOWN, make_certificate, make_node_key
 from simulations.federation import Federation, FederationError, federate
 from tests.centres import wait_for
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from server.aggregate import WeightedSum, fold, mean
-from shared.wire import UpdateError
+from shared.wire.records import UpdateError
 
 
 def updates(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

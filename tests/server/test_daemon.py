@@ -15,7 +15,7 @@ from server.daemon import Daemon
 from server.proxy import is_listening
 from server.state import status_lines
 from server.wanted import read_trouble
-from shared.processes import owned
+from shared.host.processes import owned
 from simulations.federation import free_ports
 from tests.centres import need_nginx, wait_for
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.evaluate import EvaluationError, fit_probe, open_held_out
-from shared.batches import read_batch
 from shared.config import RunConfig
-from shared.scoring import build_model, score_slices
+from shared.model.batches import read_batch
+from shared.model.scoring import build_model, score_slices
 from tests.conftest import SmallHospitals, edit_site
 
 

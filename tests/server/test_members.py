@@ -18,7 +18,8 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from client.enrol import init_site, read_known_centre, read_node_key
 from server.centre import Centre, CentreError
 from server.members import invite, read_nodes, read_sites, register, revoke, write_nodes
-from shared.enrol import (
+from shared.site import read_site
+from shared.wire.enrolment import (
     EnrolError,
     Request,
     _signed,
@@ -29,7 +30,6 @@ from shared.enrol import (
     public_text,
     read_letter,
 )
-from shared.site import read_site
 from tests.centres import invitation_file, make_centre
 from tests.small_sites import contents, make_site
 

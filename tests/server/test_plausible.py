@@ -11,7 +11,7 @@ from server.plausible import check_counts, check_metrics, check_tally
 from server.weights import MOST, site_weights
 from shared.metrics import Scores, Tally
 from shared.tally import tally_scores
-from shared.wire import UpdateError
+from shared.wire.records import UpdateError
 
 COUNTS = {"patients": 20, "slices": 60, "positives": 30}
 

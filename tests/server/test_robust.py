@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from server.aggregate import WeightedSum, fold, mean
 from server.robust import combine, is_plain, update_norm
 from shared.config import FederationSettings
-from shared.wire import Tensors
+from shared.wire.records import Tensors
 
 RULES = ["mean", "median", "trimmed-mean", "krum"]
 PLAIN = FederationSettings(quorum=5)

@@ -15,7 +15,7 @@ from server.members import read_sites
 from server.runs import append_round, write_status
 from server.state import follow_run, last_refusals, online, sites_table, status_lines, write_unit
 from server.wanted import TERMINAL, Wanted, is_running, lock_path, read_wanted, want_run, write_wanted
-from shared.processes import hold
+from shared.host.processes import hold
 from tests.centres import closed_port, enrol, make_centre
 
 CONFIG = {"federation": {"rounds": 3}, "run": {"id": "one"}}

@@ -14,9 +14,9 @@ from server.roster import QuorumError, Session, gather
 from server.server_step import Moments
 from server.strategy import repeat_round, train_round
 from shared.config import parse_config
+from shared.model.scoring import build_model
 from shared.refusals import TEXTS, Refusal
-from shared.scoring import build_model
-from shared.wire import to_arrays, to_record
+from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config
 from tests.loopback import Change, LoopbackGrid
 from tests.rounds import NAMES, beginning, first_round, update_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.config import ConfigError, RunConfig, parse_config
-from shared.model import VARIANTS
+from shared.model.swin import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

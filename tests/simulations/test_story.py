@@ -17,7 +17,7 @@ from server.checkpoint import load_checkpoint
 from server.evaluate import evaluate_unseen
 from server.report import write_report
 from server.runs import read_config, read_rounds, read_summary
-from shared.processes import owned
+from shared.host.processes import owned
 from simulations.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server

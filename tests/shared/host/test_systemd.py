@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.units import unit_text
+from shared.host.systemd import unit_text
 
 HARD = r"""100% of 'it' $HOME "here" C:\new"""
 

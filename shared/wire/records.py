@@ -17,10 +17,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 from shared.metrics import Tally
 from shared.rules import TENSOR_GROUPS
 from shared.tally import STEPS
+from shared.wire.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 
 PROTOCOL_VERSION = 3  # 3: one array for each group of tensors
 MOST_COUNTED = 10_000_000  # slices or patients of one hospital

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.batches import read_batch
 from shared.config import ModelSettings, RunConfig
 from shared.metrics import Scores
-from shared.model import MultiTaskSwin
-from shared.scoring import build_model, dice_score, score_slices
+from shared.model.batches import read_batch
+from shared.model.scoring import build_model, dice_score, score_slices
+from shared.model.swin import MultiTaskSwin
 from shared.slices import SliceCache
 from tests.conftest import SmallHospitals
 

@@ -8,9 +8,9 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from shared.metrics import Tally
-from shared.model import VARIANTS, MultiTaskSwin
+from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.tally import STEPS
-from shared.wire import (
+from shared.wire.records import (
     UpdateError,
     from_record,
     groups_shared,

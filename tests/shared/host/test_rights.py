@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.rights import not_permitted, user_name, words_of
+from shared.host.rights import not_permitted, user_name, words_of
 
 ME = user_name(os.geteuid())
 

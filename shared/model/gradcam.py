@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shared.model import MultiTaskSwin
+from shared.model.swin import MultiTaskSwin
 
 STAGE = 2  # 1/16 of the resolution; the last stage of a small model has too few tokens for a picture
 

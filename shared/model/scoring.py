@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.batches import read_batch
 from shared.config import ModelSettings
-from shared.losses import dice_score
 from shared.metrics import Scores
-from shared.model import VARIANTS, MultiTaskSwin, autocast
+from shared.model.batches import read_batch
+from shared.model.losses import dice_score
+from shared.model.swin import VARIANTS, MultiTaskSwin, autocast
 from shared.slices import SliceCache
 
 BATCH = 32

@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared.foreign import LONGEST_TEXT, ForeignError, read_array, shown, shown_names
-from shared.wire import METRICS, UpdateError, from_record, part_of, read_metrics, tally_from_record
+from shared.wire.foreign import LONGEST_TEXT, ForeignError, read_array, shown, shown_names
+from shared.wire.records import METRICS, UpdateError, from_record, part_of, read_metrics, tally_from_record
 
 SHAPE = (2, 3)
 VALUE = np.arange(6, dtype=np.float32).reshape(SHAPE) / 7

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
-from shared.batches import Batch
 from shared.config import LossSettings
-from shared.losses import TaskBalance, slice_losses
-from shared.model import (
+from shared.model.batches import Batch
+from shared.model.losses import TaskBalance, slice_losses
+from shared.model.swin import (
     IMAGE_MEAN,
     IMAGE_SD,
     VARIANTS,

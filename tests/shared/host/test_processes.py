@@ -13,14 +13,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shared.processes import OWNER, HeldError, answers, end_all, end_owned, flower_environment, hold, is_held, owned
+from shared.host.processes import (
+    OWNER,
+    HeldError,
+    answers,
+    end_all,
+    end_owned,
+    flower_environment,
+    hold,
+    is_held,
+    owned,
+)
 from tests.centres import closed_port, page, serving
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from shared.processes import hold
+from shared.host.processes import hold
 with hold(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"])
     print(child.pid, flush=True)
@@ -124,7 +134,7 @@ def test_a_lock_goes_with_an_error(tmp_path: Path) -> None:
 
 def test_a_look_at_a_lock_does_not_keep_a_daemon_from_it(tmp_path: Path) -> None:
     """A look takes the lock for a moment; a daemon that starts at that moment waits for it."""
-    looks = "import sys; from pathlib import Path; from shared.processes import is_held; print(1, flush=True)\n"
+    looks = "import sys; from pathlib import Path; from shared.host.processes import is_held; print(1, flush=True)\n"
     looks += "while True: is_held(Path(sys.argv[1]))"
     with running(looks, tmp_path / "lock"):
         for _ in range(5):
@@ -224,7 +234,7 @@ def test_a_process_that_hides_its_environment_is_known_by_its_arguments(tmp_path
         confined = ["setpriv", "--bounding-set=-sys_ptrace,-sys_admin,-perfmon", "--inh-caps=-all"]
     hide = "import ctypes, time; ctypes.CDLL(None).prctl(4, 0); print('hidden', flush=True); time.sleep(60)"
     look = (
-        "import sys; from pathlib import Path; from shared.processes import owned; "
+        "import sys; from pathlib import Path; from shared.host.processes import owned; "
         "print([process.pid for process in owned(Path(sys.argv[1]))])"
     )
     folder, other = tmp_path / "centre", tmp_path / "centre-2"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.files import bound_log, replace_text
+from shared.host.files import bound_log, replace_text
 
 
 def test_a_text_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

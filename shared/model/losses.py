@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.batches import Batch
 from shared.config import LossSettings
-from shared.model import Prediction
+from shared.model.batches import Batch
+from shared.model.swin import Prediction
 
 TASKS = ("cls", "seg", "rec")
 GRADNORM_ALPHA = 1.5  # how strongly GradNorm pulls tasks to one rate; the paper's value for tasks of different kinds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shared.batches import Batch, epoch_batches, make_batch, make_inputs, read_batch, rescan, turn
+from shared.model.batches import Batch, epoch_batches, make_batch, make_inputs, read_batch, rescan, turn
 from shared.slices import SliceCache
 
 BRAIN = ((0.0, 80.0),)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.batches import Batch
 from shared.config import LossSettings
-from shared.losses import GRADNORM_ALPHA, Losses, TaskBalance, dice_loss, slice_losses
-from shared.model import Prediction
+from shared.model.batches import Batch
+from shared.model.losses import GRADNORM_ALPHA, Losses, TaskBalance, dice_loss, slice_losses
+from shared.model.swin import Prediction
 
 LN2 = 0.6931472
 NAN = math.nan

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from shared.config import ModelSettings
-from shared.gradcam import grad_cam
-from shared.model import MultiTaskSwin
-from shared.scoring import build_model
+from shared.model.gradcam import grad_cam
+from shared.model.scoring import build_model
+from shared.model.swin import MultiTaskSwin
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The multi-task network, its losses, its batches and its scores."""
