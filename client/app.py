@@ -19,13 +19,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.audit import AuditError, contents, printable, record
-from client.evaluate import counted_patients, evaluate_model, initial_model, patients_in
-from client.evaluations import tested
-from client.footing import ModelNotOfRunError, after_round, check_initial
-from client.local_state import LocalState, make_room
-from client.orders import TrainOrder, evaluation_order, heads_order, no_order, train_order
-from client.policy import (
+from client.boundary.audit import AuditError, contents, printable, record
+from client.boundary.evaluations import tested
+from client.boundary.footing import ModelNotOfRunError, after_round, check_initial
+from client.boundary.orders import TrainOrder, evaluation_order, heads_order, no_order, train_order
+from client.boundary.policy import (
     FACTS,
     METRICS,
     PATIENTS,
@@ -37,7 +35,9 @@ from client.policy import (
     enforce,
     metrics_refusal,
 )
-from client.train import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
+from client.training.evaluate import counted_patients, evaluate_model, initial_model, patients_in
+from client.training.local_state import LocalState, make_room
+from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError
 from shared.model.scoring import best_device, score_slices

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from client.dicom import Fault, silence_readers
+from client.dicom.elements import Fault, silence_readers
 from client.faults import by_reason
-from client.ingest import IngestError, IngestReport, ingest
+from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.host.rights import words_of
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
@@ -57,11 +57,11 @@ def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
 
     Ends with 0 if they are ready, 1 if not, 2 if it could not look.
     """
-    from client.check import (  # the page's libraries are slow to load, and only this command needs them
+    from client.check.check import (  # the page's libraries are slow to load, and only this command needs them
         check,
         write_json,
     )
-    from client.check_page import write_page
+    from client.check.page import write_page
 
     silence_readers()
     try:
@@ -94,7 +94,7 @@ def find_command(
     site_yaml: SiteFile, codes: Annotated[list[str], typer.Argument(help="as a report names a file, series or patient")]
 ) -> None:
     """Tell which file, series or patient a report's code is. Shows identifiers, on the screen only."""
-    from client.find import find
+    from client.check.find import find
 
     silence_readers()
     try:
@@ -120,7 +120,7 @@ def audit_command(
 
     Ends with 0 if it is, 1 if a line was changed, removed or added.
     """
-    from client.audit import AuditError, verify
+    from client.boundary.audit import AuditError, verify
 
     try:
         site = read_site(site_yaml)
@@ -139,7 +139,7 @@ def audit_command(
 
 def audit_lines(site: Site) -> Iterator[str]:
     """A line for each entry."""
-    from client.audit import read_entries
+    from client.boundary.audit import read_entries
 
     for number, _, entry in read_entries(site.state):
         if entry is None:
@@ -169,7 +169,7 @@ def init_command(
     request: Annotated[Path, typer.Option(help="where the answer is written")] = Path("request.json"),
 ) -> None:
     """Answer the centre's invitation: make the hospital's own key, which stays here, and a request to send back."""
-    from client.enrol import init_site
+    from client.node.enrol import init_site
 
     try:
         centre, written = init_site(invitation, site_yaml, request)
@@ -192,8 +192,8 @@ def join_command(
 
     Ends with 1 if something is not ready and names it and the next step.
     """
-    from client.join import install_unit, join
-    from client.ready import check_ready
+    from client.node.daemon import install_unit, join
+    from client.node.ready import check_ready
 
     try:
         site = read_site(site_yaml)
@@ -220,7 +220,7 @@ def join_command(
 @app.command("app")
 def app_command() -> None:
     """Show the hash of the code that runs in this hospital, for policy.app."""
-    from client.code import HOSPITAL_CODE, ROOT, code_hash
+    from client.boundary.code import HOSPITAL_CODE, ROOT, code_hash
 
     say(f"{code_hash()}  {', '.join(f'{ROOT / folder}' for folder in HOSPITAL_CODE)}")
 

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from client.dicom import Fault
+from client.dicom.elements import Fault
 
 _NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d+(?:[.,]\d+)*%?")
 

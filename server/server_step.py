@@ -1,6 +1,6 @@
 """The server's step: from a round's mean to the next global tensors. Pure functions on arrays, as Flower's strategies compute.
 
-FedAvg and FedProx take the mean as it is; FedProx differs in what hospitals add to their loss (client/train.py). FedAvgM and
+FedAvg and FedProx take the mean as it is; FedProx differs in what hospitals add to their loss (client/training/round.py). FedAvgM and
 FedAdam keep moments from round to round, which a checkpoint holds.
 """
 

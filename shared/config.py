@@ -2,7 +2,7 @@
 
 The defaults stand here once; `[tool.flwr.app.config]` in pyproject.toml lists the same keys because Flower
 refuses to override a key that it does not find there, and a test keeps the two equal. Whoever starts a run
-can change any of it, so nothing here protects a hospital: that is site.yaml's part (client/policy.py).
+can change any of it, so nothing here protects a hospital: that is site.yaml's part (client/boundary/policy.py).
 """
 
 from __future__ import annotations

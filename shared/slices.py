@@ -5,7 +5,7 @@ mapped, `index.csv` (one row per slice) and `cache.json` (format, settings, sour
 is 224 mm wide at 1 mm per pixel, centred on the head, so a lesion has the same size in pixels everywhere.
 Windowing happens when a batch is made (shared/model/batches.py): a new window needs no new ingest.
 
-Nothing here identifies a patient: patients and series are keyed hashes made by client/ingest.py.
+Nothing here identifies a patient: patients and series are keyed hashes made by client/ingest/ingest.py.
 
 Shape suffixes: N slice, Y row, X column.
 """

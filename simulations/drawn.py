@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.images import CtSlice
-from client.labels import assign_splits
-from client.pixels import AIR_HU, clamp_hu
-from client.resample import head_centre, resample
+from client.dicom.headers import CtSlice
+from client.dicom.pixels import AIR_HU, clamp_hu
+from client.ingest.labels import assign_splits
+from client.ingest.resample import head_centre, resample
 from shared.slices import SliceCache
 from simulations.export import slice_place
 from simulations.hospitals import Hospital

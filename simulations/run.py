@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from client.ingest import IngestError, ingest
-from client.train import TrainError
+from client.ingest.ingest import IngestError, ingest
+from client.training.round import TrainError
 from server.authority import AuthorityError
 from server.centre import CentreError
 from server.results import ERRORS, evaluate_run, result_table

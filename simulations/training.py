@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.train import Learner, build_learner, train_round, training_inputs
+from client.training.round import Learner, build_learner, train_round, training_inputs
 from server.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.checkpoint import read_tensors, write_tensors
 from server.robust import combine, is_plain

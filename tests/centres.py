@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from client.enrol import init_site
+from client.node.enrol import init_site
 from server.authority import Pair
 from server.centre import Centre, CentreError, init_centre
 from server.members import invitation_path, invite, register

@@ -12,7 +12,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
-from client.ingest import ingest
+from client.ingest.ingest import ingest
 from shared.config import RunConfig, parse_config
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
@@ -22,7 +22,7 @@ from simulations.sites import write_hospitals
 torch.set_num_threads(1)
 os.environ.pop("FORCE_COLOR", None)  # commands' words are compared without colours
 
-# Few examples, the same each time; `pytest tests/client/test_fuzz.py --hypothesis-profile=long` looks further.
+# Few examples, the same each time; `pytest tests/client/dicom/test_fuzz.py --hypothesis-profile=long` looks further.
 _COMMON = {
     "deadline": None,
     "database": None,

@@ -34,7 +34,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.enrol import centre_context, read_known_centre, read_node_key
+from client.node.enrol import centre_context, read_known_centre, read_node_key
 from server.filter import objects_of
 from shared.site import read_site
 

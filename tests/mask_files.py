@@ -12,11 +12,11 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from client.dicom import DicomError, Fault
-from client.images import read_images
-from client.masks import MaskFile, match_masks, read_masks
-from client.scan import FoundFile, scan_file
-from client.series import CtSeries, build_series
+from client.dicom.elements import DicomError, Fault
+from client.dicom.headers import read_images
+from client.dicom.series import CtSeries, build_series
+from client.ingest.scan import FoundFile, scan_file
+from client.masks.match import MaskFile, match_masks, read_masks
 
 KEY = b"k" * 32
 SHAPE = (64, 64)

@@ -18,8 +18,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.code import ROOT
-from client.program import Task, make_place
+from client.boundary.code import ROOT
+from client.node.program import Task, make_place
 from server.authority import Pair, issue_signer, make_authority, read_certificate
 from shared.wire.instructions import Signer
 

@@ -18,8 +18,8 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.dicom import pseudonym
-from client.ingest import IngestError, IngestReport, ingest
+from client.dicom.elements import pseudonym
+from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from tests.dicom_files import ct_dataset, enhanced_ct, write_ct

@@ -43,5 +43,5 @@ def test_each_folder_imports_only_what_it_may(folder: str) -> None:
 
 
 def test_an_import_against_the_direction_is_seen() -> None:
-    assert imported_folders("def f():\n    from client.train import train_round\n") == {"client"}
+    assert imported_folders("def f():\n    from client.training.round import train_round\n") == {"client"}
     assert imported_folders("import server.app as x, numpy\n") == {"server"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from client.train import (
+from client.training.round import (
     Learner,
     RoundReport,
     build_learner,

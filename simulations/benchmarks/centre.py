@@ -86,7 +86,7 @@ def main(grid, context):
             json.dump(told, file)
 
 
-@client.train()
+@client.training.round()
 def train(message, context):
     arrays = tensors(int(context.node_config["seed"]), len(message.content["arrays"]))
     return Message(RecordDict({"arrays": arrays}), reply_to=message)

@@ -26,8 +26,8 @@ import pydicom
 import yaml
 from pydicom.uid import JPEGLosslessSV1
 
-from client.dicom import silence_readers
-from client.ingest import ingest
+from client.dicom.elements import silence_readers
+from client.ingest.ingest import ingest
 from shared.site import Site, read_site
 from simulations.export import ct_image
 from simulations.hospitals import HOSPITALS

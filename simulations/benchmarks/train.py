@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.train import build_learner, train_step, training_inputs
+from client.training.round import build_learner, train_step, training_inputs
 from shared.config import RunConfig, parse_config
 from shared.model.batches import make_batch, make_inputs
 from shared.model.losses import TaskBalance, slice_losses
@@ -60,7 +60,7 @@ def plain_loop(cache: SliceCache, config: RunConfig) -> Callable[[], float]:
 
 
 def our_loop(cache: SliceCache, config: RunConfig) -> Callable[[], float]:
-    """A step as client/train.py takes it; returns the seconds that loading the batch took."""
+    """A step as client/training/round.py takes it; returns the seconds that loading the batch took."""
     learner = build_learner(config, best_device())
     learner.model.train()
     learner.optimisers.set_rate(0.1)

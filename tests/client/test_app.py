@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, RecordDict
 
-from client.audit import read_entries, verify
+from client.boundary.audit import read_entries, verify
 from shared.refusals import Refusal, code_of_key
 from tests.asking import HEADS, NAME, ask, refusal, train_order
 from tests.conftest import SmallHospitals, edit_site, small_config

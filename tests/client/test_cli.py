@@ -7,10 +7,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from client.audit import record
+from client.boundary.audit import record
 from client.cli import app, report_text
-from client.dicom import Fault
-from client.ingest import IngestReport
+from client.dicom.elements import Fault
+from client.ingest.ingest import IngestReport
 from tests.conftest import SmallHospitals, edit_site
 
 

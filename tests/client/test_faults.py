@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from client.dicom import Fault
+from client.dicom.elements import Fault
 from client.faults import by_reason, commonest
 
 

@@ -28,7 +28,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
 
-from client.store import read_journal
+from client.ingest.store import read_journal
 from tests.dicom_files import ct_dataset
 from tests.small_sites import CLIENT, ROOT, SIDE, SPACING_MM, contents, make_site, patients, tiny_head, write_images
 

@@ -20,7 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from client.code import code_hash
+from client.boundary.code import code_hash
 from server.centre import Centre
 from server.state import write_unit
 from shared.host.systemd import unit_text

@@ -27,7 +27,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.superexec.executor import subprocess_executor
 
-from client.enrol import centre_context, read_known_centre
+from client.node.enrol import centre_context, read_known_centre
 from server.centre import CONNECTION
 from server.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
 from server.flower import flwr

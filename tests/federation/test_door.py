@@ -26,9 +26,9 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from client.audit import read_entries
-from client.enrol import Centre as Known
-from client.enrol import centre_context, read_known_centre, read_node_key
+from client.boundary.audit import read_entries
+from client.node.enrol import Centre as Known
+from client.node.enrol import centre_context, read_known_centre, read_node_key
 from server.authority import Pair, issue_server, make_authority
 from server.centre import CONNECTION
 from server.flower import flwr

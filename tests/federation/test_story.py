@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from client.audit import verify
+from client.boundary.audit import verify
 from server.checkpoint import load_checkpoint
 from server.runs import read_rounds, read_status, read_summary
 from simulations.federation import federate, own_site

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID as Use
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from client.enrol import init_site, read_known_centre, read_node_key
+from client.node.enrol import init_site, read_known_centre, read_node_key
 from server.centre import Centre, CentreError
 from server.members import invite, read_nodes, read_sites, register, revoke, write_nodes
 from shared.site import read_site

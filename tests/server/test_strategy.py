@@ -8,8 +8,8 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord
 
-from client.train import build_learner, training_inputs
-from client.train import train_round as train_locally
+from client.training.round import build_learner, training_inputs
+from client.training.round import train_round as train_locally
 from server.roster import QuorumError, Session, gather
 from server.server_step import Moments
 from server.strategy import repeat_round, train_round

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.ingest import ingest
+from client.ingest.ingest import ingest
 from shared.site import read_site
 from shared.slices import SliceCache, read_cache
 from simulations.drawn import View, draw_hospitals

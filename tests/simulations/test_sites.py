@@ -22,8 +22,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.images import CtSlice, read_images
-from client.pixels import PADDING_HU, read_hu
+from client.dicom.headers import CtSlice, read_images
+from client.dicom.pixels import PADDING_HU, read_hu
 from shared.site import read_site
 from simulations.export import TRANSFER_SYNTAXES, ct_image, uid
 from simulations.hospitals import HOSPITALS, Hospital

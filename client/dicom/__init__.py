@@ -1,0 +1,1 @@
+"""One CT image: from a DICOM file to checked geometry and Hounsfield units."""

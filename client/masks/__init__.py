@@ -1,0 +1,1 @@
+"""Hematoma masks: SEG, RTSTRUCT, NIfTI and PNG, each matched to its images."""

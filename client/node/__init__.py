@@ -1,0 +1,1 @@
+"""The hospital's daemon: joins a centre, stays connected and answers."""
