@@ -215,7 +215,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _check_role(site: Site) -> None:
-    """Only hospitals that train take part in a run; held-out ones are tested by their own command (server/evaluate.py)."""
+    """Only hospitals that train take part in a run; held-out ones are tested by their own command (server/evaluation/evaluate.py)."""
     if site.role != "train":
         raise TrainError(
             f"site {site.name!r} has role {site.role!r}; only role 'train' takes part in a run", Refusal.ROLE

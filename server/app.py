@@ -2,7 +2,7 @@
 
 Find the hospitals, test the initial model, train round by round, get the heads, test the final model. What hospitals
 send are tensors that their policies release and counts of scores; no pixel, name or identifier arrives here. Testing on
-held-out hospitals comes after (server/evaluate.py), from the folder that this leaves.
+held-out hospitals comes after (server/evaluation/evaluate.py), from the folder that this leaves.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from server.aggregate import WeightedSum, fold, mean
-from server.checkpoint import (
+from server.centre.registry import registered_nodes
+from server.centre.signing import sign_as_centre
+from server.evaluation.evaluate import EvaluationError, fit_probe, summarise_run
+from server.evaluation.report import write_report
+from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.plausible import check_tally
+from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
+from server.federation.server_step import Moments
+from server.federation.strategy import RoundResult, repeat_round
+from server.storage.checkpoint import (
     CheckpointError,
     checkpoints,
     load_checkpoint,
     save_checkpoint,
     write_tensors,
 )
-from server.evaluate import EvaluationError, fit_probe, summarise_run
-from server.instructions import sign_as_centre
-from server.members import registered_nodes
-from server.plausible import check_tally
-from server.report import write_report
-from server.roster import Member, QuorumError, Session, content_of, gather, receive
-from server.runs import (
+from server.storage.run_folder import (
     RunError,
     append_round,
     forget_test,
@@ -42,8 +44,6 @@ from server.runs import (
     write_patiently,
     write_status,
 )
-from server.server_step import Moments
-from server.strategy import RoundResult, repeat_round
 from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
 from shared.metrics import auc
 from shared.model.scoring import build_model

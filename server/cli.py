@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from server.authority import AuthorityError, days_left, fingerprint
-from server.centre import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
-from server.daemon import Daemon
-from server.members import INVITATION_DAYS, invitation_path, invite, register, revoke
-from server.runs import RunError, check_run, flatten, new_run_name, read_keys
-from server.state import follow_run, sites_table, status_lines, write_unit
-from server.wanted import TERMINAL, is_running, read_wanted, want_run, write_wanted
+from server.centre.authority import AuthorityError, days_left, fingerprint
+from server.centre.config import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
+from server.centre.daemon import Daemon
+from server.centre.registry import INVITATION_DAYS, invitation_path, invite, register, revoke
+from server.centre.run_request import TERMINAL, is_running, read_wanted, want_run, write_wanted
+from server.centre.status import follow_run, sites_table, status_lines, write_unit
+from server.storage.run_folder import RunError, check_run, flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
 from shared.host.rights import words_of
 from shared.wire.enrolment import EnrolError, Request, read_letter
@@ -201,7 +201,11 @@ def evaluate(
     site_yaml: Annotated[list[Path], typer.Argument(help="site.yaml of each held-out hospital, ingested")],
 ) -> None:
     """Test a run's global model on hospitals that never trained; complete its summary and report."""
-    from server.results import ERRORS, evaluate_run, result_table  # torch and all: slow to load, and only needed here
+    from server.evaluation.results_table import (  # torch and all: slow to load, and only needed here
+        ERRORS,
+        evaluate_run,
+        result_table,
+    )
 
     try:
         page, summary = evaluate_run(run, site_yaml, lambda line: console.print(line, highlight=False))
@@ -214,7 +218,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/latest")]) -> None:
     """Write a run's summary and report.html anew, with the counts that held-out hospitals sent."""
-    from server.results import ERRORS, report_anew
+    from server.evaluation.results_table import ERRORS, report_anew
 
     try:
         console.print(f"report: {report_anew(run)}", highlight=False)

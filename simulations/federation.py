@@ -21,10 +21,10 @@ from pathlib import Path
 import psutil
 import yaml
 
-from server.centre import Centre, read_centre
-from server.runs import read_rounds, read_status
-from server.state import online
-from server.wanted import TERMINAL, read_wanted
+from server.centre.config import Centre, read_centre
+from server.centre.run_request import TERMINAL, read_wanted
+from server.centre.status import online
+from server.storage.run_folder import read_rounds, read_status
 from shared.host.processes import OWNER, end_all, owned
 from shared.site import read_site
 

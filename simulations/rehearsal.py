@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from server.checkpoint import load_checkpoint
-from server.results import evaluate_run
-from server.runs import read_config, read_rounds
+from server.evaluation.results_table import evaluate_run
+from server.storage.checkpoint import load_checkpoint
+from server.storage.run_folder import read_config, read_rounds
 from shared.metrics import summarise
 from shared.site import Site, read_site
 from shared.slices import read_cache

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from client.ingest.ingest import IngestError, ingest
 from client.training.round import TrainError
-from server.authority import AuthorityError
-from server.centre import CentreError
-from server.results import ERRORS, evaluate_run, result_table
-from server.runs import flatten, new_run_name, read_keys
+from server.centre.authority import AuthorityError
+from server.centre.config import CentreError
+from server.evaluation.results_table import ERRORS, evaluate_run, result_table
+from server.storage.run_folder import flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
 from shared.site import SiteError, read_site
 from simulations.experiments import STORE, all_experiments, jobs, read_experiment, run_jobs

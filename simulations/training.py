@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from client.training.round import Learner, build_learner, train_round, training_inputs
-from server.aggregate import WeightedSum, adjust_weights, fold, mean
-from server.checkpoint import read_tensors, write_tensors
-from server.robust import combine, is_plain
-from server.server_step import Moments, server_step
+from server.federation.aggregate import WeightedSum, adjust_weights, fold, mean
+from server.federation.robust import combine, is_plain
+from server.federation.server_step import Moments, server_step
+from server.storage.checkpoint import read_tensors, write_tensors
 from shared.config import FederationSettings, RunConfig
 from shared.model.batches import Batch, batches_in, read_batch
 from shared.model.losses import slice_losses
@@ -157,7 +157,7 @@ def _attacked(update: Tensors, start: Tensors, factor: float) -> Tensors:
 def _average(
     updates: dict[str, Tensors], weights: dict[str, float], start: Tensors, settings: FederationSettings
 ) -> Tensors:
-    """A round's updates as one, as server/strategy.py combines what arrives."""
+    """A round's updates as one, as server/federation/strategy.py combines what arrives."""
     if not is_plain(settings):
         return combine(updates, weights, start, settings).arrays
     total = WeightedSum({})

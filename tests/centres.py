@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from client.node.enrol import init_site
-from server.authority import Pair
-from server.centre import Centre, CentreError, init_centre
-from server.members import invitation_path, invite, register
-from server.proxy import find_nginx
+from server.centre.authority import Pair
+from server.centre.config import Centre, CentreError, init_centre
+from server.centre.proxy import find_nginx
+from server.centre.registry import invitation_path, invite, register
 from shared.wire.enrolment import Request, read_letter
 from tests.small_sites import make_site
 

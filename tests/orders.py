@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.boundary.code import ROOT
 from client.node.program import Task, make_place
-from server.authority import Pair, issue_signer, make_authority, read_certificate
+from server.centre.authority import Pair, issue_signer, make_authority, read_certificate
 from shared.wire.instructions import Signer
 
 RUN_ID, NODE_ID = 17, 5

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Message
 
-from server.roster import Session, gather
-from server.server_step import Moments
-from server.strategy import train_round
+from server.federation.roster import Session, gather
+from server.federation.server_step import Moments
+from server.federation.strategy import train_round
 from shared.config import parse_config
 from shared.model.scoring import build_model
 from shared.wire.records import expected_shapes, from_record, to_arrays

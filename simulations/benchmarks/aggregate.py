@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from server.aggregate import WeightedSum, fold, mean
+from server.federation.aggregate import WeightedSum, fold, mean
 from shared.wire.records import from_record
 
 

@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from server.flower import PROGRAMS
+from server.centre.flower_commands import PROGRAMS
 from shared.host.processes import end_all, flower_environment, owned
 from simulations.federation import free_ports
 

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from client.boundary.code import code_hash
-from server.centre import Centre
-from server.state import write_unit
+from server.centre.config import Centre
+from server.centre.status import write_unit
 from shared.host.systemd import unit_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,13 @@ def test_an_image_runs_its_side_and_not_as_root(target: str, program: str) -> No
 
 
 def test_an_image_holds_the_program_and_nothing_that_is_a_hospitals_or_a_centres(tmp_path: Path) -> None:
-    wanted = ("client/app.py", "client/importers/rsna.py", "shared/config.py", "server/daemon.py", "simulations/run.py")
+    wanted = (
+        "client/app.py",
+        "client/importers/rsna.py",
+        "shared/config.py",
+        "server/centre/daemon.py",
+        "simulations/run.py",
+    )
     wanted += ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
     unwanted = (
         ".venv/bin/python",

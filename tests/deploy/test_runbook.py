@@ -15,10 +15,10 @@ import typer
 import yaml
 
 from client.cli import app as client_app
-from server.authority import SERVER_DAYS
-from server.centre import Centre
+from server.centre.authority import SERVER_DAYS
+from server.centre.config import Centre
+from server.centre.registry import INVITATION_DAYS
 from server.cli import app as server_app
-from server.members import INVITATION_DAYS
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"

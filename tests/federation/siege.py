@@ -14,11 +14,11 @@ import psutil
 import tomli_w
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from server.centre import CONNECTION, Centre, init_centre
-from server.daemon import Daemon
-from server.flower import flwr
-from server.members import read_nodes
-from server.proxy import is_listening
+from server.centre.config import CONNECTION, Centre, init_centre
+from server.centre.daemon import Daemon
+from server.centre.flower_commands import flwr
+from server.centre.proxy import is_listening
+from server.centre.registry import read_nodes
 from shared.host.processes import owned
 from simulations.federation import free_ports
 from tests.centres import enrol, need_nginx, wait_for
@@ -105,7 +105,7 @@ class Besieged:
     idle_mb: float = 0.0
 
     def superlink(self) -> psutil.Process:
-        return next(one for one in owned(self.centre.folder) if "server.superlink" in one.cmdline())
+        return next(one for one in owned(self.centre.folder) if "server.centre.superlink" in one.cmdline())
 
     def memory_mb(self) -> float:
         return self.superlink().memory_info().rss / 1e6

@@ -28,11 +28,11 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.superexec.executor import subprocess_executor
 
 from client.node.enrol import centre_context, read_known_centre
-from server.centre import CONNECTION
-from server.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
-from server.flower import flwr
-from server.members import revoke
-from server.proxy import CALLS_PER_S
+from server.centre.config import CONNECTION
+from server.centre.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
+from server.centre.flower_commands import flwr
+from server.centre.proxy import CALLS_PER_S
+from server.centre.registry import revoke
 from shared.host.processes import owned
 from shared.site import read_site
 from tests.centres import wait_for

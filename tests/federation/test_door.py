@@ -29,12 +29,12 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from client.boundary.audit import read_entries
 from client.node.enrol import Centre as Known
 from client.node.enrol import centre_context, read_known_centre, read_node_key
-from server.authority import Pair, issue_server, make_authority
-from server.centre import CONNECTION
-from server.flower import flwr
-from server.members import read_nodes
-from server.proxy import FLEET_CALLS
-from server.runs import read_status
+from server.centre.authority import Pair, issue_server, make_authority
+from server.centre.config import CONNECTION
+from server.centre.flower_commands import flwr
+from server.centre.proxy import FLEET_CALLS
+from server.centre.registry import read_nodes
+from server.storage.run_folder import read_status
 from shared.site import read_site
 from shared.wire.enrolment import ABSENT, UNKNOWN, make_certificate, make_node_key
 from simulations.federation import Federation, FederationError, federate

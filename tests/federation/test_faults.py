@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.runs import read_rounds
-from server.wanted import read_wanted
+from server.centre.run_request import read_wanted
+from server.storage.run_folder import read_rounds
 from simulations.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES

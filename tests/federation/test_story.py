@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from client.boundary.audit import verify
-from server.checkpoint import load_checkpoint
-from server.runs import read_rounds, read_status, read_summary
+from server.storage.checkpoint import load_checkpoint
+from server.storage.run_folder import read_rounds, read_status, read_summary
 from simulations.federation import federate, own_site
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES

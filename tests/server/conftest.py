@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from server.evaluate import evaluate_unseen
-from server.report import write_report
-from server.runs import read_config
+from server.evaluation.evaluate import evaluate_unseen
+from server.evaluation.report import write_report
+from server.storage.run_folder import read_config
 from tests.conftest import SmallHospitals
 from tests.rounds import run
 

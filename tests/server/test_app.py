@@ -11,10 +11,10 @@ import pytest
 import yaml
 from flwr.app import Message
 
-from server.checkpoint import load_checkpoint, read_tensors
-from server.evaluate import evaluate_unseen
-from server.report import write_report
-from server.runs import RunError, load_tallies, read_config, read_rounds, read_summary
+from server.evaluation.evaluate import evaluate_unseen
+from server.evaluation.report import write_report
+from server.storage.checkpoint import load_checkpoint, read_tensors
+from server.storage.run_folder import RunError, load_tallies, read_config, read_rounds, read_summary
 from shared.config import ConfigError
 from shared.metrics import summarise
 from shared.tally import pooled

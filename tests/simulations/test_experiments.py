@@ -14,7 +14,7 @@ import simulations.consortia as consortia
 import simulations.experiments as experiments
 import simulations.tables as tables
 import simulations.trials as trials
-from server.checkpoint import load_checkpoint
+from server.storage.checkpoint import load_checkpoint
 from shared.config import parse_config
 from simulations.consortia import CAUSES, consortium
 from simulations.experiments import (
@@ -71,7 +71,7 @@ def test_pooled_hospitals_keep_all_slices_and_splits(hospitals: SmallHospitals) 
 
 
 def test_equal_weights_without_gaps_and_more_weight_where_the_global_model_is_worse() -> None:
-    from server.aggregate import adjust_weights
+    from server.federation.aggregate import adjust_weights
 
     even = {"a": 0.25, "b": 0.25, "c": 0.5}
     assert adjust_weights(even, dict.fromkeys(even, 0.3), 0.1) == even

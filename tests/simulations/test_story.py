@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tomli_w
 
-from server.checkpoint import load_checkpoint
-from server.evaluate import evaluate_unseen
-from server.report import write_report
-from server.runs import read_config, read_rounds, read_summary
+from server.evaluation.evaluate import evaluate_unseen
+from server.evaluation.report import write_report
+from server.storage.checkpoint import load_checkpoint
+from server.storage.run_folder import read_config, read_rounds, read_summary
 from shared.host.processes import owned
 from simulations.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import sign_message, verify_signature
 
 from client.node.enrol import Centre, init_site, read_known_centre, read_node_key
-from server.centre import Centre as Coordinator
-from server.members import read_sites, register, revoke
+from server.centre.config import Centre as Coordinator
+from server.centre.registry import read_sites, register, revoke
 from shared.rules import Policy
 from shared.site import SiteError, read_site
 from shared.wire.enrolment import (

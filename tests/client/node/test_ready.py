@@ -10,8 +10,8 @@ from cryptography import x509
 
 from client.node.enrol import read_known_centre, read_node_key
 from client.node.ready import Finding, check_ready
-from server.authority import Pair, issue_server, make_authority, read_certificate
-from server.centre import Centre
+from server.centre.authority import Pair, issue_server, make_authority, read_certificate
+from server.centre.config import Centre
 from shared.site import Site, read_site
 from shared.wire.enrolment import REVOKED, UNKNOWN, make_certificate, make_node_key
 from tests.centres import closed_port, enrol, make_centre, over_tls, page, serving
@@ -270,7 +270,7 @@ def test_without_the_authority_nobody_is_taken_for_the_centre(
 def test_an_authority_that_has_ended_is_told_and_not_blamed_on_the_server(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.authority.AUTHORITY_DAYS", -2)
+    monkeypatch.setattr("server.centre.authority.AUTHORITY_DAYS", -2)
     ended = Pair(tmp_path / "ended.key", tmp_path / "ended.crt")
     make_authority(ended, "localhost")
     read_known_centre(site).authority.write_bytes(ended.certificate.read_bytes())

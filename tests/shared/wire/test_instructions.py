@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.authority import Pair, issue_server, issue_signer, make_authority, read_certificate
+from server.centre.authority import Pair, issue_server, issue_signer, make_authority, read_certificate
 from shared.wire.instructions import AHEAD_S, LONGEST_S, InstructionError, RepeatedError, Signer, open_instruction
 
 SITE = "hospital-01"

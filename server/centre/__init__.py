@@ -1,0 +1,1 @@
+"""The centre's service: certificates, registered hospitals, the door and Flower's processes."""

@@ -1,0 +1,330 @@
+"""The running centre: Flower's SuperLink and SuperExec, the proxy in front, the hospitals' keys and the run that is wanted.
+
+The SuperLink keeps its state in memory: its SQLite loses replies under load, and what a run must not lose stands in our
+own checkpoint. A SuperLink that ended is started again, the hospitals' keys are registered anew and the run goes on from
+its last checkpoint. Commands of the centre's operator change files in the centre's folder; this process acts on them.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import tomli_w
+
+from server.centre.config import CONNECTION, Centre, CentreError, expiry_warnings
+from server.centre.flower_commands import centre_environment, flwr, write_credentials
+from server.centre.proxy import (
+    check_port_is_free,
+    find_nginx,
+    is_listening,
+    stop_proxy,
+    write_certificates,
+    write_proxy_config,
+)
+from server.centre.registry import read_sites, write_nodes
+from server.centre.run_request import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
+from server.storage.run_folder import read_status, write_status
+from shared.host.files import bound_log
+from shared.host.processes import HeldError, answers, end_owned, hold
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 60.0
+LOOK_S, ASK_FLOWER_S = 1.0, 15.0
+RESTART_PAUSE_S, LONGEST_RESTART_S, RETRY_S = 2.0, 60.0, 10.0
+STEADY_S = 120.0  # a centre that served that long did not fail at its start
+NGINX_START_S = 5.0
+MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
+LONGEST_PAUSE_S = 300.0
+LARGEST_LOG = 50_000_000  # bytes; as much again is kept of the lines before
+RESTARTED = "the server was restarted"
+
+
+class Daemon:
+    """One running centre, until it is told to stop."""
+
+    def __init__(self, centre: Centre, say: Callable[[str], None]):
+        self._centre, self._say = centre, say
+        self._stopping = threading.Event()
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._registered: dict[str, tuple[str, str]] = {}  # site -> public key, node id
+        self._looked = 0.0
+        self._warned = ""
+
+    def stop(self, *_: object) -> None:
+        """End everything; a signal handler too."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+          CentreError: nginx is missing, or another daemon of this centre runs.
+        """
+        find_nginx()
+        try:
+            with hold(lock_path(self._centre)):
+                self._end_all()  # what a daemon that was killed left running: its ports and its run are ours now
+                self._serve_until_stopped()
+        except HeldError as error:
+            raise CentreError(
+                f"the centre in {self._centre.folder} is running already; 'hemafed-server status' shows it"
+            ) from error
+        self._say("stopped")
+
+    def _serve_until_stopped(self) -> None:
+        """Start all processes, again whenever one of Flower's has ended."""
+        pause_s = RESTART_PAUSE_S
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            try:
+                self._serve()
+            except (CentreError, OSError) as error:  # OSError: a full disk, say; it may be mended meanwhile
+                self._say(str(error))
+                write_trouble(self._centre, str(error))
+            finally:
+                self._end_all()
+            if not self._stopping.is_set():
+                pause_s = (
+                    RESTART_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_RESTART_S)
+                )
+                self._say(f"starting again in {pause_s:g} s")
+                self._stopping.wait(pause_s)
+        write_trouble(self._centre, "")
+
+    def _serve(self) -> None:
+        """Start all processes; return when one of Flower's has ended, or on `stop`."""
+        self._start_flower()
+        wanted = read_wanted(self._centre)
+        if wanted is not None and wanted.status == "running":  # of the SuperLink before
+            ended = read_status(self._centre.runs / wanted.name).get("state") == "finished"
+            self._write(wanted, status="finished" if ended else "waiting", error="" if ended else RESTARTED)
+        self._registered = {}
+        self._sync_sites()
+        self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
+        write_trouble(self._centre, "")
+        self._say(f"serving hospitals at {self._centre.host}:{self._centre.port}")
+        while not self._stopping.wait(LOOK_S):
+            self._look_after_processes()
+            try:
+                self._warn_of_expiry()
+                self._sync_sites()
+                self._sync_run()
+                self._bound_logs()
+            except (CentreError, OSError) as error:  # a busy SuperLink, a full disk: no reason to end what runs
+                self._say(f"{error}; again in {RETRY_S:g} s")
+                self._stopping.wait(RETRY_S)
+
+    def _look_after_processes(self) -> None:
+        """Start nginx again if it ended.
+
+        Raises:
+          CentreError: one of Flower's ended, and what it knew is lost; or nginx does not start. All begins anew.
+        """
+        for name in ("superlink", "superexec"):
+            if self._processes[name].poll() is not None:
+                raise CentreError(f"{name} ended ({self._processes[name].returncode}); its log is {self._log(name)}")
+        if self._processes["nginx"].poll() is not None:
+            self._say(f"nginx ended: {self._last_line('nginx')}; starting it again")
+            stop_proxy(self._centre)
+            self._start_proxy()
+
+    def _start_flower(self) -> None:
+        """SuperLink and SuperExec, on loopback."""
+        centre = self._centre
+        check_port_is_free("127.0.0.1", centre.loopback_port, "loopback_port")
+        tls = ["--ssl-ca-certfile", str(centre.authority.certificate)]
+        tls += ["--ssl-certfile", str(centre.loopback.certificate), "--ssl-keyfile", str(centre.loopback.key)]
+        own = ["--isolation", "process", "--superexec-auth-secret-file", str(centre.secret)]
+        place = ["--host", "127.0.0.1", "--port", str(centre.loopback_port)]
+        write_credentials(centre)
+        self._start(
+            "superlink",
+            [
+                sys.executable,
+                "-P",  # the working directory is Flower's, and no place for modules
+                "-m",
+                "server.centre.superlink",
+                str(centre.folder),
+                *tls,
+                *place,
+                *own,
+                "--enable-supernode-auth",
+                "--disable-runtime-dependency-installation",
+            ],
+        )
+        self._wait_until_up()
+        where = [f"127.0.0.1:{centre.loopback_port}", str(centre.authority.certificate), str(centre.secret)]
+        self._start("superexec", [sys.executable, "-P", "-m", "server.centre.executor", *where])
+
+    def _start_proxy(self) -> None:
+        """nginx, which hospitals reach."""
+        config = write_proxy_config(self._centre, read_sites(self._centre))
+        checked = subprocess.run(
+            [find_nginx(), "-t", "-q", "-c", str(config)], capture_output=True, text=True, check=False
+        )
+        if checked.returncode:
+            raise CentreError(f"nginx cannot start: {checked.stderr.strip()[-500:]}")
+        check_port_is_free(self._centre.listen, self._centre.port, "port")
+        self._start("nginx", [find_nginx(), "-c", str(config)])
+        end = time.monotonic() + NGINX_START_S
+        while time.monotonic() < end and not is_listening(self._centre):
+            if self._processes["nginx"].poll() is not None or self._stopping.wait(0.1):
+                break
+        if self._processes["nginx"].poll() is not None:
+            raise CentreError(f"nginx ended: {self._last_line('nginx')}; its log is {self._log('nginx')}")
+
+    def _start(self, name: str, command: list[str]) -> None:
+        """One process, in a session of its own, its output in its log."""
+        log = self._log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            self._processes[name] = subprocess.Popen(
+                command,
+                cwd=self._centre.flower,
+                env=centre_environment(self._centre),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _log(self, name: str) -> Path:
+        return self._centre.state / "logs" / f"{name}.log"
+
+    def _last_line(self, name: str) -> str:
+        """Of a process's log, without colours."""
+        lines = self._log(name).read_text(errors="replace").strip().splitlines() or ["its log is empty"]
+        return re.sub(r"\x1b\[\d*m", "", lines[-1]).strip()
+
+    def _wait_until_up(self) -> None:
+        """Return when the SuperLink answers."""
+        context = ssl.create_default_context(cafile=str(self._centre.authority.certificate))
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end and self._processes["superlink"].poll() is None and not self._stopping.is_set():
+            if answers(f"https://127.0.0.1:{self._centre.loopback_port}/health", context):
+                return
+            time.sleep(0.2)
+        if not self._stopping.is_set():
+            raise CentreError(
+                f"the SuperLink did not come up: {self._last_line('superlink')}; its log is {self._log('superlink')}"
+            )
+
+    def _sync_sites(self) -> None:
+        """Make Flower know exactly the keys of registered sites."""
+        sites = read_sites(self._centre)
+        keys = {name: site.public_key for name, site in sites.items() if site.status == "registered"}
+        for name, (key, node) in list(self._registered.items()):
+            if keys.get(name) != key:
+                flwr(self._centre, "supernode", "unregister", node, CONNECTION)
+                del self._registered[name]
+                self._tell_nodes()
+                self._say(f"site {name} is no longer admitted")
+        for name, key in keys.items():
+            if name not in self._registered:
+                path = self._centre.state / "key.pub"
+                path.write_text(key + "\n")
+                told = flwr(self._centre, "supernode", "register", str(path), CONNECTION, "--name", name)
+                self._registered[name] = (key, str(told["node-id"]))
+                self._tell_nodes()
+                self._say(f"site {name} is admitted as node {told['node-id']}")
+                if not sites[name].certificate:
+                    self._say(
+                        f"site {name} has no certificate, and the door turns it away: revoke it and invite it again"
+                    )
+        if write_certificates(self._centre, sites) and "nginx" in self._processes:
+            # nginx ends idle connections at once: a revoked hospital keeps none.
+            self._processes["nginx"].send_signal(signal.SIGHUP)
+
+    def _tell_nodes(self) -> None:
+        """Say in state/nodes.json which of Flower's nodes is which site: Flower's own list has no names."""
+        write_nodes(self._centre, {name: node for name, (_, node) in self._registered.items()})
+
+    def _sync_run(self) -> None:
+        """Start, resume, stop or follow the run that is wanted."""
+        wanted = read_wanted(self._centre)
+        if wanted is None or wanted.status in TERMINAL:
+            return
+        if wanted.stop:
+            with suppress(CentreError):  # it may have ended by itself
+                flwr(self._centre, "stop", wanted.flower_run, CONNECTION)
+            self._write(wanted, status="stopped")
+        elif wanted.status == "waiting" and time.time() >= wanted.not_before:
+            self._launch(wanted)
+        elif wanted.status == "running":
+            self._follow(wanted)
+
+    def _launch(self, wanted: Wanted) -> None:
+        """`flwr run`, resuming where the run has a folder."""
+        centre, resume = self._centre, (self._centre.runs / wanted.name / "config.toml").is_file()
+        places = {"id": wanted.name, "folder": str(centre.runs), "resume": resume}
+        config = wanted.config | {"run": wanted.config.get("run", {}) | places}
+        if resume:
+            write_status(centre.runs / wanted.name, "waiting", what="the start")  # what it said before is over
+        path = centre.state / "run-config.toml"
+        path.write_text(tomli_w.dumps(config))
+        try:
+            told = flwr(centre, "run", str(ROOT), CONNECTION, "--run-config", str(path))
+        except CentreError as error:
+            self._write(wanted, status="failed", error=str(error))
+            return
+        self._write(wanted, status="running", flower_run=str(told["run-id"]), attempts=wanted.attempts + 1)
+        self._say(f"run {wanted.name}: {'resumed' if resume else 'started'} as Flower's run {told['run-id']}")
+
+    def _follow(self, wanted: Wanted) -> None:
+        """See whether the run has ended, and how."""
+        said = read_status(self._centre.runs / wanted.name).get("state")
+        if said not in ("finished", "failed") and time.monotonic() - self._looked < ASK_FLOWER_S:
+            return
+        self._looked = time.monotonic()
+        runs = flwr(self._centre, "ls", CONNECTION, "--run-id", wanted.flower_run)["runs"]
+        status = runs[0]["status"]
+        if not status.startswith("finished"):
+            return
+        error = read_status(self._centre.runs / wanted.name).get("error", "")
+        if status == "finished:completed":
+            self._write(wanted, status="finished", error="")
+        elif said in ("failed", None):  # it said why, or never began; to do the same again would end the same
+            self._write(wanted, status="failed", error=error or runs[0].get("status-details", status))
+        elif wanted.attempts >= MOST_ATTEMPTS:
+            self._write(wanted, status="failed", error=f"{status} {MOST_ATTEMPTS} times; see {self._log('superexec')}")
+        else:
+            pause_s = min(10.0 * 2**wanted.attempts, LONGEST_PAUSE_S)
+            self._write(
+                wanted, status="waiting", error=f"its process ended ({status})", not_before=time.time() + pause_s
+            )
+            self._say(f"run {wanted.name}: {status} without a word; again in {pause_s:.0f} s")
+            return
+        self._say(f"run {wanted.name}: {read_wanted(self._centre).status} {error}")
+
+    def _write(self, wanted: Wanted, **changes: object) -> None:
+        """Change state/run.json; a stop that was asked for meanwhile is kept."""
+        now = read_wanted(self._centre) or wanted
+        write_wanted(self._centre, replace(now, **changes))
+
+    def _bound_logs(self) -> None:
+        """Keep the newest lines of Flower's programs and of the door."""
+        for path in (*(self._centre.state / "logs").glob("*.log"), *self._centre.state.glob("*.log")):
+            bound_log(path, LARGEST_LOG)
+
+    def _warn_of_expiry(self) -> None:
+        """Say once a day that a certificate is about to expire."""
+        today = time.strftime("%Y-%m-%d")
+        if self._warned != today:
+            self._warned = today
+            for warning in expiry_warnings(self._centre):
+                self._say(warning)
+
+    def _end_all(self) -> None:
+        """End all processes of this centre, the proxy first, whichever daemon started them."""
+        stop_proxy(self._centre)
+        end_owned(self._centre.folder, self._processes.values())
+        self._processes = {}

@@ -1,0 +1,1 @@
+"""How good the global model is, and the pages that show it."""

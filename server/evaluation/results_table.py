@@ -1,0 +1,78 @@
+"""A finished run's result for people: tested on held-out hospitals, as a page and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from server.evaluation.evaluate import (
+    EvaluationError,
+    check_unseen,
+    evaluate_unseen,
+    load_model,
+    model_hash,
+    summarise_run,
+)
+from server.evaluation.report import metric_text, write_report
+from server.storage.checkpoint import CheckpointError
+from server.storage.run_folder import RunError, read_config, read_summary
+from shared.config import ConfigError
+from shared.site import SiteError
+from shared.slices import CacheError
+
+ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
+
+
+def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repeats: bool = False) -> tuple[Path, dict]:
+    """Test a run's global model on held-out hospitals; the report's page and the summary.
+
+    Args:
+      run: the run's folder.
+      sites: site.yaml of each hospital.
+      say: told a line per hospital.
+      repeats: whether intervals repeat with the seed, for synthetic hospitals.
+    Raises:
+      one of ERRORS.
+    """
+    evaluate_unseen(run, read_config(run), sites, say, repeats)
+    return write_report(run), read_summary(run)
+
+
+def report_anew(run: Path) -> Path:
+    """Summary and page of what a run's folder holds, counts that held-out hospitals sent among it; the page.
+
+    Raises:
+      one of ERRORS.
+    """
+    config = read_config(run)
+    check_unseen(run, lambda stage: model_hash(*load_model(run, config, stage)))
+    summarise_run(run)
+    return write_report(run)
+
+
+def result_table(summary: dict) -> Table:
+    """AUC, F1 and Dice with intervals: seen and unseen, before and after, and each hospital."""
+    table = Table(caption="with 95 % intervals: bootstrap over patients", caption_justify="left", box=SIMPLE_HEAD)
+    for name in ("hospitals", "AUC", "F1", "Dice", "slices", "patients"):
+        table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
+    before, after = summary.get("evaluation_before_training", {}), summary.get("evaluation", {})
+    for part, label in (("seen", "seen"), ("unseen", "unseen")):
+        for stage, result in (("before training", before), ("after training", after)):
+            if part in result:
+                table.add_row(f"{label}, {stage}", *_cells(result[part]), style="bold" if result is after else "dim")
+    table.add_section()
+    for site, result in sorted(after.get("per_site", {}).items()):
+        table.add_row(f"{site} ({result['part']})", *_cells(result))
+    return table
+
+
+def _cells(result: dict) -> list[str]:
+    """A row's numbers."""
+    texts = [metric_text(result[name]) for name in ("auc", "f1", "dice")]
+    return [f"{t['value']} {t['interval']}".strip() for t in texts] + [
+        str(result["auc"]["n_slices"]),
+        str(result["auc"]["n_patients"]),
+    ]

@@ -1,0 +1,340 @@
+"""Whom a run knows and whom it can ask: hospitals that answered, that were turned away, that are late.
+
+Messages go out and replies come in here, one at a time and in the order of site names; what they hold is read by who asked.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from server.federation.plausible import check_counts
+from server.federation.weights import site_weights
+from server.storage.run_folder import write_status
+from shared.config import FederationSettings, is_name
+from shared.rules import TENSOR_GROUPS
+from shared.site import ROLES
+from shared.wire.foreign import LONGEST_NAME, shown
+from shared.wire.records import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
+
+FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
+LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, however large
+LATE_LOOK_S = 1.0  # between two rounds; the look goes on meanwhile
+SILENT_S = 600.0  # a hello that is not answered for so long was lost
+HELLO_TIMEOUT_S = 60.0
+WORD_S = 60.0  # between two words about the same wait
+LONGEST_REASON = 600  # characters of a hospital's error
+# What Flower raises of the connection to its SuperLink, not of a reply.
+_CONNECTION = (httpx.HTTPError, OSError, RuntimeError)
+
+
+class QuorumError(RuntimeError):
+    """Too few hospitals for a round; names who is missing or refused, and why."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A hospital that answered 'hello'.
+
+    Attributes:
+      node_id: its Flower node.
+      site, role: as it says of itself; public.
+      release: tensor groups that its policy lets out.
+      counts: patients, slices and positives, as far as its policy lets them out.
+      weight: in the mean of a round; the centre gives it.
+    """
+
+    node_id: int
+    site: str
+    role: str
+    release: frozenset[str]
+    counts: dict[str, int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of a reply whose bytes are no message of Flower's.
+
+    Attributes:
+      reason: what is wrong with it.
+    """
+
+    reason: str
+
+
+class Look:
+    """Looks for one reply, each time in a thread of its own.
+
+    Of a reply that its node has sent in part, Flower waits for the rest, for minutes and without a way to stop it; a round's
+    deadline must not wait for that.
+    """
+
+    def __init__(self, grid: Grid, message_id: str):
+        self._grid, self._message_id = grid, message_id
+        self._found: queue.SimpleQueue[Message | Exception | None] | None = None
+
+    def __call__(self, timeout_s: float) -> Message | Unreadable | None:
+        """The reply if it is there or comes within the time that is given; a look that takes longer is continued by the next.
+
+        Raises:
+          what Flower raised of the connection. What it raised of the reply's bytes is the reply's: a hospital must not be able
+          to end a run by them.
+        """
+        if self._found is None:
+            self._found = queue.SimpleQueue()
+            threading.Thread(target=self._pull, args=(self._found,), daemon=True).start()
+        try:
+            found = self._found.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        self._found = None
+        if isinstance(found, _CONNECTION) and not isinstance(found, RecursionError):
+            raise found
+        if isinstance(found, Exception):
+            return Unreadable(f"a reply that cannot be read ({type(found).__name__})")
+        return found
+
+    def _pull(self, found: queue.SimpleQueue) -> None:
+        try:
+            found.put(next(iter(self._grid.pull_messages([self._message_id])), None))
+        except Exception as error:
+            found.put(error)
+
+
+@dataclass(frozen=True)
+class Late:
+    """An answer that did not come by its deadline.
+
+    Attributes:
+      look: by which it can still be fetched.
+      since, until: when the deadline was, and when it is given up; monotonic seconds.
+    """
+
+    look: Look
+    since: float
+    until: float
+
+    def fetch(self) -> tuple[Message | Unreadable | None, bool]:
+        """The answer if it is there now, and whether no more is to be expected."""
+        reply = self.look(LATE_LOOK_S)
+        return reply, reply is not None or time.monotonic() >= self.until
+
+
+@dataclass
+class Roster:
+    """Who is known, who was turned away, with its name and why, and who is busy with an earlier round; grows as nodes come."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    silent: dict[int, Late] = field(default_factory=dict)
+    late: dict[str, Late] = field(default_factory=dict)
+
+    def training(self, online: set[int]) -> list[Member]:
+        """Members that train, are free and whose node is connected, in order of their names."""
+        free = [m for _, m in sorted(self.members.items()) if m.site not in self.late]
+        return [m for m in free if m.role == "train" and m.node_id in online]
+
+    def fetch_late(self) -> None:
+        """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
+        for site, late in list(self.late.items()):
+            reply, over = late.fetch()
+            if over:
+                del self.late[site]
+                ago = time.monotonic() - late.since
+                what = f"answered {ago:.0f} s after the deadline" if reply else f"gave no answer for {ago:.0f} s"
+                print(f"  {site} {what}; it is asked again", flush=True)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run's federation.
+
+    Attributes:
+      grid: Flower's way to the nodes.
+      settings: the run config's federation section.
+      run: the run's folder, where it is said how it stands.
+      roster: who is known; changes.
+      registered: node -> the site that the centre registered it as; of none in a simulation, whose nodes have no keys.
+    """
+
+    grid: Grid
+    settings: FederationSettings
+    run: Path
+    roster: Roster = field(default_factory=Roster)
+    registered: Callable[[], Mapping[int, str]] = dict
+
+
+def greet(session: Session) -> None:
+    """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals.
+
+    A node that does not answer in time is not waited for again, which would cost each round a minute; its answer is fetched
+    when it has come.
+    """
+    grid, roster, registered = session.grid, session.roster, session.registered()
+    for node_id, late in list(roster.silent.items()):
+        reply, over = late.fetch()
+        if over:
+            del roster.silent[node_id]
+        if reply is not None:
+            _welcome(session, node_id, reply, registered)
+    known = {m.node_id for m in roster.members.values()}
+    new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused and n not in roster.silent]
+    messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
+    missed: dict[str, Look] = {}
+    for name, reply in receive(grid, messages, HELLO_TIMEOUT_S, missed):
+        node_id = int(name)
+        if reply is not None:
+            _welcome(session, node_id, reply, registered)
+            continue
+        who = registered.get(node_id, f"node {node_id}")
+        print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out until it does", flush=True)
+        if name in missed:
+            now = time.monotonic()
+            roster.silent[node_id] = Late(missed[name], now, now + SILENT_S)
+
+
+def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping[int, str]) -> None:
+    """Put who answered 'hello' into the roster, among the members or the refused."""
+    roster = session.roster
+    try:
+        member = _read_hello(node_id, reply)
+        if registered and registered.get(node_id) != member.site:
+            raise UpdateError(
+                f"says that it is site {member.site!r}, and is registered as {registered.get(node_id, 'none')!r}; 'site' in its "
+                "site.yaml must be the name that was invited"
+            )
+        other = roster.members.get(member.site)
+        if other is not None and other.node_id in set(session.grid.get_node_ids()):
+            raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
+    except UpdateError as error:
+        roster.refused[node_id] = f"{registered.get(node_id, f'node {node_id}')}: {error}"
+        print(f"  left out: {roster.refused[node_id]}", flush=True)
+        return
+    roster.members[member.site] = member
+
+
+def _read_hello(node_id: int, reply: Message) -> Member:
+    """The answer to 'hello', checked."""
+    facts = part_of(content_of(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
+    site, role, release = (facts.get(name) for name in ("site", "role", "release"))
+    if facts.get("protocol") != PROTOCOL_VERSION:
+        raise UpdateError(
+            f"protocol {shown(facts.get('protocol'), LONGEST_NAME)}, expected {PROTOCOL_VERSION}; install the same version"
+        )
+    if not is_name(site) or role not in ROLES or not isinstance(release, str):
+        raise UpdateError("an answer to 'hello' without a proper site name, role and released groups")
+    groups = frozenset(filter(None, release.split(",")))
+    if not groups <= set(TENSOR_GROUPS):
+        raise UpdateError(f"site {site!r} releases {shown(release, LONGEST_NAME)}, expected some of {TENSOR_GROUPS}")
+    return Member(node_id, site, role, groups, check_counts(read_metrics(reply.content)))
+
+
+def _weighed(members: list[Member], by: str) -> list[Member]:
+    """The same members with their weights."""
+    weights = site_weights({member.site: member.counts.get("patients") for member in members}, by)
+    return [replace(member, weight=weights[member.site]) for member in members]
+
+
+def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "") -> list[Member]:
+    """The training hospitals that are connected and free, waiting up to wait_s for a quorum of them.
+
+    Whoever looks at the run meanwhile is told who is there, in the log and in the run's status.
+
+    Args:
+      session: the run's.
+      lacks: why a hospital does not count towards the quorum, though it takes part; empty if it does.
+    Raises:
+      QuorumError: fewer than federation.quorum.
+    """
+    grid, roster, settings = session.grid, session.roster, session.settings
+    began = told = time.monotonic()
+    roster.refused.clear()  # who was turned away may have mended the cause since the last round
+    while True:
+        greet(session)
+        roster.fetch_late()
+        ready = roster.training(set(grid.get_node_ids()))
+        lacking = {m.site: why for m in ready if (why := lacks(m))}
+        if len(ready) - len(lacking) >= settings.quorum:
+            return _weighed(ready, settings.weights)
+        here = ", ".join(m.site + " (not counted)" * (m.site in lacking) for m in ready) or "none"
+        busy = f"; busy with an earlier round: {', '.join(sorted(roster.late))}" if roster.late else ""
+        what = f"{settings.quorum} hospitals (federation.quorum), {len(ready)} are there: {here}{busy}"
+        now = time.monotonic()
+        if now >= began + settings.wait_s:
+            break
+        if told == began or now - told > WORD_S:
+            told = now
+            write_status(session.run, "waiting", what=what)
+            print(f"waiting for {what}", flush=True)
+        time.sleep(1.0)
+    told = [*roster.refused.values(), *(f"{site}: {why}" for site, why in lacking.items())]
+    reasons = "".join(f"\n  {why}" for why in told)
+    raise QuorumError(
+        f"{len(ready)} training hospitals are connected ({here}), federation.quorum is {settings.quorum}, and nobody came for "
+        f"{settings.wait_s:g} s (federation.wait_s); start more, or lower federation.quorum{busy}{reasons}"
+    )
+
+
+def receive(
+    grid: Grid,
+    messages: Mapping[str, Message],
+    timeout_s: float,
+    missed: dict[str, Look] | None = None,
+    awaiting: Callable[[str], None] = lambda name: None,
+) -> Iterator[tuple[str, Message | Unreadable | None]]:
+    """Send messages, and yield the replies in order of the names, one at a time.
+
+    A reply that came early waits in Flower's SuperLink until it is its turn. After the deadline, what has arrived is
+    still taken.
+
+    Args:
+      grid: Flower's.
+      messages: name -> message.
+      timeout_s: until the deadline.
+      missed: given the looks for replies that did not come in time.
+      awaiting: told whose turn it is.
+
+    Yields:
+      Name and reply; None for a reply that did not come in time.
+    """
+    ids = {name: next(iter(grid.push_messages([messages[name]])), None) for name in sorted(messages)}
+    end = time.monotonic() + timeout_s
+    for name, message_id in ids.items():
+        reply, pause_s = None, FIRST_POLL_S
+        awaiting(name)
+        look = None if message_id is None else Look(grid, message_id)
+        while look is not None:
+            reply = look(max(end - time.monotonic(), LAST_LOOK_S))
+            if reply is not None or time.monotonic() >= end:
+                break
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, LONGEST_POLL_S)  # each look costs the SuperLink an encrypted call
+        if reply is None and look is not None and missed is not None:
+            missed[name] = look
+        yield name, reply
+
+
+def content_of(reply: Message | Unreadable | None, timeout_s: float) -> RecordDict:
+    """What a reply holds.
+
+    Raises:
+      UpdateError: it did not come, or it is an error; with its reason.
+    """
+    if reply is None:
+        raise UpdateError(f"no reply within {timeout_s:g} s (federation.round_deadline_s)")
+    if isinstance(reply, Unreadable):
+        raise UpdateError(reply.reason)
+    if reply.has_error():
+        raise UpdateError(shown(reply.error.reason, LONGEST_REASON))
+    if not reply.has_content():
+        raise UpdateError("a reply without content")
+    return reply.content

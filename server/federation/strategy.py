@@ -1,0 +1,200 @@
+"""Round policy: whom to ask, how long to wait, what to refuse, when to stop.
+
+Replies are checked and folded in one by one in the order of site names (so one reply is in memory, and the sum does not
+depend on who came first), a bad reply is refused by the name of its site, and a round below quorum waits and is asked for
+again instead of going on silently.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.plausible import check_metrics, check_tally
+from server.federation.robust import combine, is_plain, update_norm
+from server.federation.roster import Late, Member, QuorumError, Session, content_of, gather, receive
+from server.federation.server_step import Moments, server_step
+from server.storage.run_folder import write_status
+from shared.config import FederationSettings
+from shared.metrics import Tally
+from shared.wire.foreign import LONGEST_NAME, shown
+from shared.wire.records import (
+    Tensors,
+    UpdateError,
+    from_record,
+    part_of,
+    read_metrics,
+    shapes_of,
+    tally_from_record,
+    to_record,
+)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
+LATE_DEADLINES = 4  # after so many deadlines a hospital is asked again though its answer never came
+
+
+@dataclass(frozen=True)
+class SiteRound:
+    """What one site sent in a round.
+
+    Attributes:
+      weight: of its update.
+      bytes_up: size of its tensors and counts.
+      norm: length of its update.
+      metrics: loss sums, steps, seconds; empty if withheld.
+      tally: counts of validation scores of the global encoder that the round began with; None if withheld.
+      audit: newest hash of the site's audit log, before it sent this; kept so that the site cannot shorten its log.
+    """
+
+    weight: float
+    bytes_up: int
+    norm: float
+    metrics: dict[str, float]
+    tally: Tally | None
+    audit: str = ""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One round.
+
+    Attributes:
+      arrays: the new global tensors.
+      moments: what the server optimiser remembers for the next round.
+      sites: per site that was folded in.
+      refused: site -> why its reply was not used.
+      shrunk: site -> what its update was multiplied by, where federation.norm_bound shortened it.
+      bytes_down: size of the tensors sent to each site.
+      seconds: wall clock.
+    """
+
+    arrays: dict
+    moments: Moments
+    sites: dict[str, SiteRound]
+    refused: dict[str, str]
+    shrunk: dict[str, float]
+    bytes_down: int
+    seconds: float
+
+
+def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: int) -> RoundResult:
+    """One round, asked for again while too few good updates come, up to wait_s after the first attempt.
+
+    Nothing of an attempt below quorum is used.
+
+    Raises:
+      QuorumError: too few hospitals, or too few good updates, for wait_s.
+    """
+    began, pause_s = time.monotonic(), FIRST_PAUSE_S
+    while True:
+        members = gather(session)
+        try:
+            return train_round(session, moments, members, arrays, number)
+        except QuorumError as error:
+            if time.monotonic() + pause_s >= began + session.settings.wait_s:
+                raise
+            print(f"{error}\n  round {number} is asked for again in {pause_s:g} s", flush=True)
+            write_status(session.run, "waiting", what=f"another attempt at round {number}: {error}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def train_round(
+    session: Session, moments: Moments, members: list[Member], arrays: Tensors, round_number: int
+) -> RoundResult:
+    """One round: send the global tensors, check and fold in the replies, take the server's step.
+
+    Raises:
+      QuorumError: fewer good replies than federation.quorum.
+    """
+    grid, settings = session.grid, session.settings
+    started = time.perf_counter()
+    record = to_record(arrays)
+    order = {"run": session.run.name, "server-round": round_number}
+    if settings.strategy == "fedprox":
+        order["proximal-mu"] = settings.proximal_mu
+    content, online = RecordDict({"arrays": record, "config": ConfigRecord(order)}), set(grid.get_node_ids())
+    messages = {
+        m.site: Message(content, dst_node_id=m.node_id, message_type="train") for m in members if m.node_id in online
+    }
+    weights = {m.site: m.weight for m in members}
+    counts = {m.site: m.counts for m in members}
+    expected = shapes_of(arrays)
+
+    def awaiting(name: str) -> None:
+        write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
+
+    plain = is_plain(settings)
+    total, held, sites, refused, missed = WeightedSum({}), {}, {}, {}, {}
+    for name, reply in receive(grid, messages, settings.round_deadline_s, missed, awaiting):
+        try:
+            content = _content_from(reply, name, settings)
+            update = from_record(part_of(content, "update", ArrayRecord), expected)
+            sites[name] = _site_round(content, weights[name], update_norm(update, arrays), counts[name])
+        except UpdateError as error:
+            refused[name] = str(error)
+            continue
+        if plain:  # one update in memory at a time
+            total = fold(total, update, weights[name])
+        else:
+            held[name] = update
+    now = time.monotonic()
+    session.roster.late |= {
+        n: Late(look, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, look in missed.items()
+    }
+    for member in members:
+        if member.site not in messages:
+            refused[member.site] = "its node went offline before the round began"
+    if len(sites) < settings.quorum:
+        reasons = "".join(f"\n  site {name!r}: {why}" for name, why in sorted(refused.items()))
+        raise QuorumError(
+            f"round {round_number}: {len(sites)} good updates, federation.quorum is {settings.quorum}; the last checkpoint is that "
+            f"of round {round_number - 1}{reasons}"
+        )
+    if plain:
+        average, shrunk = mean(total), {}
+    else:
+        combined = combine(held, weights, arrays, settings)
+        average, shrunk = combined.arrays, combined.shrunk
+    stepped, moments = server_step(settings, moments, round_number, arrays, average)
+    return RoundResult(
+        arrays=stepped,
+        moments=moments,
+        sites=sites,
+        refused=refused,
+        shrunk=shrunk,
+        bytes_down=record_bytes(record),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _content_from(reply: Message | None, name: str, settings: FederationSettings) -> RecordDict:
+    """What a site's reply to a round holds, if it is the site's."""
+    content = content_of(reply, settings.round_deadline_s)
+    said = part_of(content, "facts", ConfigRecord).get("site")
+    if said != name:
+        raise UpdateError(f"the reply says that it is from site {shown(said, LONGEST_NAME)}")
+    return content
+
+
+def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int]) -> SiteRound:
+    """What a site's reply says beside its update, compared with its counts at 'hello'."""
+    tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
+    if tally is not None:
+        check_tally(tally, counts)
+    metrics = read_metrics(content)
+    check_metrics(metrics, counts)
+    sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
+    audit = content["facts"].get("audit", "")
+    known = isinstance(audit, str) and re.fullmatch(r"[0-9a-f]{64}", audit)
+    return SiteRound(weight, sent, norm, metrics, tally, audit if known else "")
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """Size of a record's arrays as they travel."""
+    return sum(len(array.data) for array in record.values())

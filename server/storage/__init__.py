@@ -1,0 +1,1 @@
+"""Files of runs that the run, the centre and the evaluation share."""

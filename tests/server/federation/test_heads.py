@@ -1,0 +1,106 @@
+"""What the global model uses as heads, and what becomes of a run whose hospitals keep theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+
+from server.evaluation.evaluate import evaluate_unseen
+from server.federation.roster import QuorumError
+from server.storage.checkpoint import load_checkpoint, read_tensors
+from server.storage.run_folder import read_config, read_summary
+from shared.config import ConfigError
+from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.loopback import LoopbackGrid, run_server
+from tests.rounds import NAMES, run
+
+
+def test_an_ensemble_keeps_each_hospitals_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    folder, _ = run(copied_hospitals, tmp_path, federation__heads="ensemble", federation__rounds=1)
+    names = sorted(path.name for path in (folder / "checkpoint").glob("heads-final-*"))
+    assert names == ["heads-final-hospital-01.safetensors", "heads-final-hospital-02.safetensors"]
+    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
+    assert "unseen" in read_summary(folder)["evaluation"]
+
+
+def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    for name in NAMES:
+        edit_site(copied_hospitals.files[name], policy={"release": ["encoder"], "min_patients": 1})
+    development = str(copied_hospitals.files["hospital-01"])
+    folder, grid = run(
+        copied_hospitals,
+        tmp_path,
+        federation__heads="probe",
+        federation__development_site=development,
+        federation__rounds=1,
+    )
+    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
+    result = read_summary(folder)["evaluation"]["seen"]
+    assert result["auc"]["value"] is not None
+    assert result["dice"]["value"] is None, "a probe has no decoder"
+
+
+def test_a_probe_is_never_fitted_on_a_held_out_site(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    held_out = str(copied_hospitals.files["hospital-05"])
+    with pytest.raises(ConfigError, match="role held-out"):
+        run(copied_hospitals, tmp_path, federation__heads="probe", federation__development_site=held_out)
+
+
+def test_heads_that_a_policy_keeps_stop_the_run_before_anybody_trains(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
+    with pytest.raises(QuorumError, match=r"hospital-02 \(not counted\)[\s\S]*its policy\.release is \['encoder'\]"):
+        run(copied_hospitals, tmp_path, federation__rounds=1, federation__wait_s=0.0)
+    assert not (tmp_path / "latest" / "rounds.jsonl").exists()
+
+
+def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_place(
+    copied_hospitals: SmallHospitals, tmp_path: Path
+) -> None:
+    folder, _ = run(copied_hospitals, tmp_path, run__id="late", federation__rounds=1)
+    evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
+    before = (folder / "rounds.jsonl").read_text()
+    edit_site(copied_hospitals.files["hospital-02"], policy={"release": ["encoder"], "min_patients": 1})
+    again = {"run__id": "late", "run__resume": True, "federation__rounds": 1, "federation__wait_s": 0.0}
+    with pytest.raises(QuorumError, match=r"hospital-02: its policy\.release"):
+        run(copied_hospitals, tmp_path, **again)
+    assert "unseen" in read_summary(folder)["evaluation"], "what was tested before is not lost"
+    assert read_config(folder).federation.heads == "average", "and is said to be of what it is"
+    assert read_summary(folder)["rounds"] == 1
+    probe = {
+        "federation__heads": "probe",
+        "federation__development_site": str(copied_hospitals.files["hospital-01"]),
+    }
+    run(copied_hospitals, tmp_path, **again, **probe)
+    assert (folder / "rounds.jsonl").read_text() == before
+    assert read_config(folder).federation.heads == "probe"
+    assert [path.name for path in (folder / "checkpoint").glob("heads-final-*")] == ["heads-final-probe.safetensors"]
+    summary = read_summary(folder)
+    assert "unseen" not in summary["evaluation"] | summary["evaluation_before_training"], "it was of other heads"
+    assert not (folder / "evaluation" / "examples.png").exists()
+
+
+def test_heads_that_do_not_come_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    def refuse(asked: Message, reply: Message) -> Message:
+        refused = asked.metadata.message_type == "query.heads" and asked.metadata.dst_node_id == 2
+        return Message(Error(1001, "the disk is full"), reply_to=asked) if refused else reply
+
+    flat = small_config(run__folder=str(tmp_path), federation__rounds=1)
+    grid = LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=refuse)
+    with pytest.raises(
+        QuorumError, match=r"heads came from 1 hospitals[\s\S]*resume[\s\S]*hospital-02: the disk is full"
+    ):
+        run_server(grid, flat)
+    assert load_checkpoint(tmp_path / "latest" / "checkpoint").round_number == 1, "the encoder is not lost"
+
+
+def test_sharing_all_needs_no_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
+    folder, grid = run(copied_hospitals, tmp_path, federation__share="all", federation__rounds=1)
+    assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
+    heads, _ = read_tensors(folder / "checkpoint" / "heads-final-average.safetensors")
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    np.testing.assert_array_equal(heads["cls.weight"], checkpoint.arrays["cls.weight"])
