@@ -232,7 +232,7 @@ def import_command(
     target: Annotated[Path, typer.Argument(help="where the hospitals are written")],
 ) -> None:
     """Make hospitals of a public data set: site.yaml and labels for each, pixels where they are."""
-    from client.importers import IMPORTERS, SourceError
+    from simulations.importers import IMPORTERS, SourceError
 
     silence_readers()
     if data_set not in IMPORTERS:

@@ -16,8 +16,8 @@ from client.ingest.ingest import ingest
 from shared.config import RunConfig, parse_config
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
-from simulations.hospitals import HOSPITALS
-from simulations.sites import write_hospitals
+from simulations.phantom.hospitals import HOSPITALS
+from simulations.phantom.write_hospitals import write_hospitals
 
 torch.set_num_threads(1)
 os.environ.pop("FORCE_COLOR", None)  # commands' words are compared without colours

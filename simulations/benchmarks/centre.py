@@ -25,7 +25,7 @@ from rich.table import Table
 
 from server.centre.flower_commands import PROGRAMS
 from shared.host.processes import end_all, flower_environment, owned
-from simulations.federation import free_ports
+from simulations.rehearsal.federation import free_ports
 
 TIMEOUT_S = 600.0
 _PROJECT = """

@@ -29,10 +29,10 @@ from pydicom.uid import JPEGLosslessSV1
 from client.dicom.elements import silence_readers
 from client.ingest.ingest import ingest
 from shared.site import Site, read_site
-from simulations.export import ct_image
-from simulations.hospitals import HOSPITALS
-from simulations.patient import sample_patient
-from simulations.phantom import render_slice
+from simulations.phantom.dicom_export import ct_image
+from simulations.phantom.hospitals import HOSPITALS
+from simulations.phantom.patient import sample_patient
+from simulations.phantom.render import render_slice
 
 SLICES = 30
 REPEATS = 3

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from shared.metrics import Counts, Scores, auc, best_threshold, count_scores, f1, merge_counts
 from shared.tally import spread, tally_scores
-from simulations.experiments import ROOT
-from simulations.measures import scores_from_json
+from simulations.studies.design import ROOT
+from simulations.studies.measures import scores_from_json
 
 Hospitals = dict[str, Scores]
 Case = tuple[Hospitals, Hospitals]  # validation and test

@@ -29,8 +29,8 @@ from shared.model.batches import make_batch, make_inputs
 from shared.model.losses import TaskBalance, slice_losses
 from shared.model.scoring import best_device, build_model
 from shared.slices import SliceCache
-from simulations.drawn import draw_hospitals
-from simulations.hospitals import HOSPITALS
+from simulations.phantom.draw_caches import draw_hospitals
+from simulations.phantom.hospitals import HOSPITALS
 
 PEAK_SIDE = 4096  # of the matrices whose product is the machine's peak
 

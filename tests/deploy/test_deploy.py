@@ -109,10 +109,10 @@ def test_an_image_runs_its_side_and_not_as_root(target: str, program: str) -> No
 def test_an_image_holds_the_program_and_nothing_that_is_a_hospitals_or_a_centres(tmp_path: Path) -> None:
     wanted = (
         "client/app.py",
-        "client/importers/rsna.py",
+        "simulations/importers/rsna.py",
         "shared/config.py",
         "server/centre/daemon.py",
-        "simulations/run.py",
+        "simulations/cli.py",
     )
     wanted += ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
     unwanted = (

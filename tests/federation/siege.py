@@ -20,7 +20,7 @@ from server.centre.flower_commands import flwr
 from server.centre.proxy import is_listening
 from server.centre.registry import read_nodes
 from shared.host.processes import owned
-from simulations.federation import free_ports
+from simulations.rehearsal.federation import free_ports
 from tests.centres import enrol, need_nginx, wait_for
 from tests.fleet_node import FleetNode
 

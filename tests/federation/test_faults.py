@@ -12,7 +12,7 @@ import pytest
 
 from server.centre.run_request import read_wanted
 from server.storage.run_folder import read_rounds
-from simulations.federation import Federation, enrol, federate
+from simulations.rehearsal.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
 from tests.federation.relay import Relay

@@ -9,7 +9,7 @@ import numpy as np
 from client.boundary.audit import verify
 from server.storage.checkpoint import load_checkpoint
 from server.storage.run_folder import read_rounds, read_status, read_summary
-from simulations.federation import federate, own_site
+from simulations.rehearsal.federation import federate, own_site
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
 from tests.loopback import LoopbackGrid, run_server

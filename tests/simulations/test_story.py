@@ -18,7 +18,7 @@ from server.evaluation.report import write_report
 from server.storage.checkpoint import load_checkpoint
 from server.storage.run_folder import read_config, read_rounds, read_summary
 from shared.host.processes import owned
-from simulations.superlink import CONNECTION, SimulationError, run_app, start_superlink
+from simulations.rehearsal.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config
 from tests.loopback import LoopbackGrid, run_server
 

@@ -16,7 +16,7 @@ from server.centre.proxy import is_listening
 from server.centre.run_request import read_trouble
 from server.centre.status import status_lines
 from shared.host.processes import owned
-from simulations.federation import free_ports
+from simulations.rehearsal.federation import free_ports
 from tests.centres import need_nginx, wait_for
 
 

@@ -1,0 +1,222 @@
+"""hemafed-sim: the whole story in one command, and the experiments.
+
+`demo` writes the hospitals, ingests them, trains through Flower, tests on hospitals that never trained and prints the table.
+Each step reuses what is there. `run` runs experiments, `list` shows them, `table` rebuilds their tables.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from client.ingest.ingest import IngestError, ingest
+from client.training.round import TrainError
+from server.centre.authority import AuthorityError
+from server.centre.config import CentreError
+from server.evaluation.results_table import ERRORS, evaluate_run, result_table
+from server.storage.run_folder import flatten, new_run_name, read_keys
+from shared.config import ConfigError, parse_config
+from shared.site import SiteError, read_site
+from simulations.phantom.physics import physics_table
+from simulations.phantom.write_hospitals import write_hospitals
+from simulations.rehearsal.federation import FederationError
+from simulations.rehearsal.superlink import SimulationError, run_app, start_superlink
+from simulations.studies.design import STORE, all_experiments, jobs, read_experiment, run_jobs
+from simulations.studies.tables import state, write_tables
+from simulations.studies.training import StudyError
+
+ROOT = Path(__file__).resolve().parent.parent
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Synthetic hospitals and studies on them.",
+)
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are written")]
+Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]
+
+
+@app.command("sites")
+def sites_command(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> None:
+    """Write the eleven hospitals as DICOM and ingest them, unless they are there."""
+    try:
+        sites(hospitals, seed)
+    except (IngestError, SiteError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def sites(hospitals: Path, seed: int) -> list[Path]:
+    """Write and ingest the hospitals; the site.yaml of each."""
+    with _progress() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+            if done == total and not console.is_terminal:  # a log file gets lines instead of bars
+                console.print(f"{what}: {done} of {total}", highlight=False)
+
+        files = write_hospitals(hospitals.absolute(), seed, progress=lambda name, *count: show(f"write {name}", *count))
+        for file in files:
+            name = file.parent.name
+            report = ingest(
+                read_site(file), progress=lambda what, *count, name=name: show(f"ingest {name}: {what}", *count)
+            )
+            if report.unchanged:
+                show(f"ingest {name}: series", report.series, report.series)
+            for fault in report.faults:
+                console.print(f"{file.parent.name}: left out: {fault.reason}", style="red", markup=False)
+    return files
+
+
+@app.command()
+def demo(
+    hospitals: Folder = Path("hospitals"),
+    runs: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
+    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT / "simulations" / "demo.toml",
+    keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Hospitals, ingest, federation, evaluation, report."""
+    try:
+        config = _run_config(preset, keys or [], hospitals, runs)
+        files = sites(hospitals, seed)
+        opened = [read_site(file) for file in files]
+        supernodes = sum(site.role == "train" for site in opened)
+        home = ROOT / ".flwr" / str(os.getpid())  # two simulations at a time do not meet
+        home.mkdir(parents=True, exist_ok=True)
+        chosen = home / "run-config.toml"
+        chosen.write_text(tomli_w.dumps(config))
+        console.rule(f"federation of {supernodes} hospitals")
+        with start_superlink(home) as link:
+            run_app(link, ROOT, chosen, supernodes)
+        shutil.rmtree(home)
+        console.rule("evaluation on hospitals that never trained")
+        folder = runs.absolute() / config["run"]["id"]
+        held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
+        page, summary = evaluate_run(folder, held_out, lambda line: console.print(line, highlight=False), repeats=True)
+    except (SimulationError, IngestError, *ERRORS) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(result_table(summary))
+    console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
+
+
+@app.command("federation")
+def federation_command(
+    hospitals: Folder = Path("hospitals"),
+    folder: Annotated[Path, typer.Option(help="where the federation is made, anew")] = Path("federation"),
+    preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT
+    / "simulations"
+    / "federation.toml",
+    keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
+    seed: Seed = 0,
+) -> None:
+    """A deployed centre and three hospitals on this machine, with a power cut at each, held against a simulation."""
+    from simulations.rehearsal.rehearse import rehearse
+
+    try:
+        config = flatten(read_keys(preset, keys or []))
+        parse_config(config)
+        outcome = rehearse(
+            folder.absolute(), sites(hospitals, seed), config, lambda line: console.print(line, highlight=False)
+        )
+    except (FederationError, IngestError, TrainError, CentreError, AuthorityError, *ERRORS) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(result_table(outcome.summary))
+    deployed = outcome.deployed
+    console.print(
+        f"unseen AUC: deployed {deployed['value']:.3f} [{deployed['low']:.3f}, {deployed['high']:.3f}], simulated "
+        f"{outcome.simulated:.3f}; largest difference of a value of the encoders: {outcome.difference:g}\n"
+        f"report: {outcome.page}",
+        highlight=False,
+    )
+    if not outcome.agrees:
+        console.print("the deployed run and the simulation do not agree", style="red")
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_command() -> None:
+    """The experiments and how much of each is stored."""
+    page = Table("experiment", "stored", "of", "of another recipe", "question")
+    for experiment in all_experiments():
+        done, stale, wanted = state(experiment)
+        page.add_row(experiment.name, str(done), str(wanted), str(stale or ""), experiment.question)
+    console.print(page)
+
+
+@app.command("run")
+def run_command(
+    names: Annotated[list[str], typer.Argument(help="experiments as `list` shows them, or 'all'")],
+    seeds: Annotated[str, typer.Option(help="only these, such as 0,1")] = "",
+    store: Annotated[Path, typer.Option(help="drawn hospitals and trained models; safe to delete")] = STORE,
+    workers: Annotated[int | None, typer.Option(help="processes; by default one per core")] = None,
+) -> None:
+    """Run experiments: what is stored is left alone, what was stopped goes on; then rebuild the tables."""
+    try:
+        chosen = all_experiments() if names == ["all"] else [read_experiment(name) for name in names]
+        only = {int(seed) for seed in seeds.split(",")} if seeds else None
+        wanted = [job for e in chosen for job in jobs(e) if only is None or job.seed in only]
+        run_jobs(wanted, store, workers, lambda line: console.print(line, highlight=False))
+    except (StudyError, TrainError, ValueError) as error:
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    console.print(f"tables: {write_tables()}", highlight=False)
+
+
+@app.command("table")
+def table_command() -> None:
+    """Rebuild EXPERIMENTS.md and the heads of the experiments' files from the stored results."""
+    console.print(f"tables: {write_tables()}", highlight=False)
+
+
+@app.command("physics")
+def physics_command(patients: Annotated[int, typer.Option(help="synthetic patients measured per kernel")] = 8) -> None:
+    """Measure the synthetic scans beside the ranges found on real ones."""
+    console.print(physics_table(patients, said=lambda line: console.print(line, highlight=False)))
+
+
+def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> dict:
+    """The preset with the caller's keys and absolute folders, checked before anything slow starts.
+
+    Raises:
+      ConfigError: an unknown key or a wrong value.
+    """
+    config = read_keys(preset, keys)
+    for section, key, folder, option in (
+        ("run", "folder", runs, "--runs"),
+        ("simulation", "hospitals", hospitals, "--hospitals"),
+    ):
+        if key in config.get(section, {}):
+            raise ConfigError(
+                f"{section}.{key} is set in the preset or with --set; here the folder is given by {option}"
+            )
+        config[section] = config.get(section, {}) | {key: str(folder.absolute())}
+    config["run"] = {"id": new_run_name(parse_config(flatten(config)))} | config["run"]
+    return config
+
+
+def _progress() -> Progress:
+    """Progress bars, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(app())

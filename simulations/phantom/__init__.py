@@ -1,0 +1,1 @@
+"""Synthetic head CT and the hospitals that it comes from."""

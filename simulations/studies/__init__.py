@@ -1,0 +1,1 @@
+"""Experiments: many trainings, resumable, and the tables made of them."""

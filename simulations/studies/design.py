@@ -1,0 +1,350 @@
+"""Experiments: one file each, many trainings, all of it resumable and in small pieces.
+
+In: simulations/experiments/NAME.toml. Out: simulations/results/NAME/ARM.SEED.json, one per arm and seed, with the config,
+the commit, the machine and what was measured. Drawn hospitals and trained models are kept in a store that is safe to
+delete: what is needed again is made again, bit by bit the same on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from shared.config import ConfigError, RunConfig, parse_config
+from simulations.phantom.write_hospitals import VERSION
+from simulations.studies.consortia import consortium
+from simulations.studies.training import ATTACKS, MODES, StudyError
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER, RESULTS = ROOT / "simulations" / "experiments", ROOT / "simulations" / "results"
+RECIPE = ROOT / "simulations" / "study.toml"
+STORE = ROOT / ".studies"
+HEADS = ("average", "ensemble", "probe")
+ADAPTATIONS = ("none", "calibration", "reconstruction")
+MEASURES = ("attention", "reliance", "similarity", "cosines", "ceiling")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of doing it.
+
+    Attributes:
+      name: in tables and file names.
+      mode: federated, pooled or alone.
+      config: dotted run config keys.
+      steps: optimiser steps of each site.
+      consortium: of simulations/studies/consortia.py.
+      hospitals: of the training hospitals, by number; () is all. With mode "alone" each makes a model of its own.
+      heads: average, ensemble or probe.
+      last: share of the rounds, from the end, whose global tensors are averaged (stochastic weight averaging); 0 is none.
+      adjust: whether sites' weights follow their generalisation gaps (FedDG-GA).
+      attack: what the last training hospital does with its update, one of ATTACKS; "" is nothing.
+      adapt: what an unseen hospital does without labels: one of ADAPTATIONS.
+      against: arm that encoders are compared with, for the measure "similarity".
+      measures: of MEASURES; scores are always kept.
+    """
+
+    name: str
+    mode: str = "pooled"
+    config: dict[str, object] = field(default_factory=dict)
+    steps: int = 1000
+    consortium: str = "hospitals"
+    hospitals: tuple[int, ...] = ()
+    heads: str = "average"
+    last: float = 0.0
+    adjust: bool = False
+    attack: str = ""
+    adapt: str = "none"
+    against: str = ""
+    measures: tuple[str, ...] = ()
+
+    def run_config(self, seed: int) -> RunConfig:
+        """The run config of one seed, but for the number of rounds, which follows from the steps."""
+        flat = {
+            f"{section}.{key}": v
+            for section, keys in tomllib.loads(RECIPE.read_text()).items()
+            for key, v in keys.items()
+        }
+        return parse_config(flat | self.config | {"run.seed": seed})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One file of simulations/experiments.
+
+    Attributes:
+      name: the file's.
+      title, question, expected: for readers.
+      reference: arm that the others are compared with.
+      seeds: each draws new patients and initial weights.
+      arms: what is compared.
+      table: what EXPERIMENTS.md shows, see simulations/studies/tables.py.
+      finding: what was found, in words; written by who looked at the numbers.
+    """
+
+    name: str
+    title: str
+    question: str
+    expected: str
+    reference: str
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    table: str = "scores"
+    finding: str = ""
+
+    def arm(self, name: str) -> Arm:
+        """An arm by name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed."""
+
+    experiment: Experiment
+    arm: Arm
+    seed: int
+
+    @property
+    def result(self) -> Path:
+        """Where its result is stored."""
+        return RESULTS / self.experiment.name / f"{self.arm.name.replace(' ', '-').replace('/', '-')}.{self.seed}.json"
+
+    def recipe(self) -> dict:
+        """All that decides the result."""
+        against = [asdict(self.experiment.arm(self.arm.against))] if self.arm.against else []
+        hospitals = consortium(self.arm.consortium)
+        decisive = {"arm": asdict(self.arm), "against": against, "seed": self.seed, "phantom": VERSION}
+        decisive["config"] = self.arm.run_config(self.seed).flat()
+        decisive["training"] = [asdict(h) for h in hospitals.training]
+        decisive["tests"] = {group: [asdict(h) for h in sites] for group, sites in hospitals.tests.items()}
+        return decisive
+
+    def digest(self) -> str:
+        """12 hexadecimal digits of the recipe."""
+        return _digest(self.recipe())
+
+    def done(self) -> bool:
+        """Whether a result of this very recipe is stored."""
+        try:
+            return json.loads(self.result.read_text())["recipe"] == self.digest()
+        except (OSError, ValueError, KeyError):
+            return False
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model to train; several arms may share it.
+
+    Attributes:
+      consortium, mode, hospitals, config, steps, last, adjust, attack, seed: as in Arm.
+      cosines: whether the tasks' gradients are compared on the way.
+    """
+
+    consortium: str
+    mode: str
+    hospitals: tuple[int, ...]
+    config: dict[str, object]
+    steps: int
+    last: float
+    adjust: bool
+    attack: str
+    seed: int
+    cosines: bool
+
+    def folder(self, store: Path) -> Path:
+        """Where the trained model is kept."""
+        decisive = asdict(self)  # by whom it is trained on, not by the consortium's name
+        decisive["consortium"] = [asdict(h) for h in consortium(self.consortium).training if h.number in self.hospitals]
+        return store / "models" / _digest([decisive, VERSION])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trainings(job: Job) -> list[Training]:
+    """The models that a job needs, its own first."""
+    needed = []
+    for arm in [job.arm] + ([job.experiment.arm(job.arm.against)] if job.arm.against else []):
+        every = arm.hospitals or tuple(h.number for h in consortium(arm.consortium).training)
+        parts = [(number,) for number in every] if arm.mode == "alone" else [every]
+        flat = arm.run_config(job.seed).flat()
+        for key in ("federation.heads", "run.id", "run.folder", "simulation.hospitals", "evaluation.replicates"):
+            del flat[key]
+        for part in parts:
+            cosines = "cosines" in arm.measures
+            how = (arm.steps, arm.last, arm.adjust, arm.attack)
+            needed.append(Training(arm.consortium, arm.mode, part, flat, *how, job.seed, cosines))
+    return needed
+
+
+def read_experiment(name: str) -> Experiment:
+    """One experiment's file, checked.
+
+    Raises:
+      StudyError: no such experiment, an unknown key, or a value that cannot be; names it and what was expected.
+    """
+    path = FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.toml")))
+        raise StudyError(f"no experiment {name!r}; there are: {known}")
+    try:
+        content = tomllib.loads(path.read_text())
+        common = content.pop("all", {})
+        arms = tuple(_read_arm(name, common, entry) for entry in content.pop("arms"))
+        experiment = Experiment(
+            name=name, arms=arms, **{k: tuple(v) if k == "seeds" else v for k, v in content.items()}
+        )
+    except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+        raise StudyError(
+            f"experiment {path.name}: {error}; expected title, question, expected, reference, seeds, arms"
+        ) from error
+    names = [arm.name for arm in experiment.arms]
+    if len(set(names)) != len(names) or experiment.reference not in names:
+        raise StudyError(
+            f"experiment {name!r}: arms {names}, reference {experiment.reference!r}; expected each name once"
+        )
+    for arm in experiment.arms:
+        if arm.against and arm.against not in names:
+            raise StudyError(
+                f"experiment {name!r}, arm {arm.name!r}: against is {arm.against!r}, expected one of {names}"
+            )
+    return experiment
+
+
+def _read_arm(experiment: str, common: dict, entry: dict) -> Arm:
+    """One arm, with what all arms of the file share."""
+    values = common | entry | {"config": common.get("config", {}) | entry.get("config", {})}
+    unknown = values.keys() - {f.name for f in fields(Arm)}
+    if unknown:
+        raise StudyError(f"experiment {experiment!r}: unknown key {sorted(unknown)[0]!r} of an arm")
+    arm = Arm(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    for key, choices in (
+        ("mode", MODES),
+        ("heads", HEADS),
+        ("adapt", ADAPTATIONS),
+        ("attack", tuple(ATTACKS)),
+    ):
+        if getattr(arm, key) not in choices:
+            raise StudyError(
+                f"experiment {experiment!r}, arm {arm.name!r}: {key} is {getattr(arm, key)!r}, expected one of {choices}"
+            )
+    if not set(arm.measures) <= set(MEASURES):
+        raise StudyError(
+            f"experiment {experiment!r}, arm {arm.name!r}: measures {arm.measures}, expected of {MEASURES}"
+        )
+    try:
+        consortium(arm.consortium)
+        arm.run_config(0)
+    except (KeyError, ConfigError) as error:
+        raise StudyError(f"experiment {experiment!r}, arm {arm.name!r}: {error}") from error
+    return arm
+
+
+def all_experiments() -> list[Experiment]:
+    """Every experiment, by file name."""
+    return [read_experiment(path.stem) for path in sorted(FOLDER.glob("*.toml"))]
+
+
+def jobs(experiment: Experiment) -> Iterator[Job]:
+    """Its arms, seed by seed, so that an unfinished experiment has whole seeds."""
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            yield Job(experiment, arm, seed)
+
+
+@cache
+def machine() -> dict[str, str]:
+    """What the experiments ran on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"processor": model, "cores": str(os.cpu_count()), "accelerator": accelerator, "torch": torch.__version__}
+
+
+def commit() -> str:
+    """The commit of the code, with "+" where files differ from it."""
+    try:
+        head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True).strip()
+        changed = subprocess.check_output(
+            ["git", "status", "--porcelain", "--", "shared", "client", "server", "simulations/*.py"],
+            cwd=ROOT,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.strip() else "")
+
+
+def run_jobs(
+    wanted: list[Job],
+    store: Path = STORE,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run what is not stored yet.
+
+    Draws the hospitals, trains what is missing and measures an arm as soon as its models are there; each piece on its own
+    core. What is finished is on disk at once, so that a stopped run goes on where it was.
+
+    Args:
+      wanted: jobs; those with a stored result of their recipe are left alone.
+      store: folder of drawn hospitals and trained models.
+      workers: processes of one thread each; by default one per core, one where there is an accelerator.
+      say: told a line per finished piece.
+    """
+    from simulations.studies.trials import (  # imports torch and all; the workers need it too
+        draw_for,
+        measure_job,
+        train_one,
+    )
+
+    left = [job for job in wanted if not job.done()]
+    say(f"{len(wanted) - len(left)} of {len(wanted)} results are stored")
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    draw_for(left, store, say)
+    missing = {t.folder(store): t for job in left for t in trainings(job) if not t.folder(store).is_dir()}
+    pieces, done, started = len(missing) + len(left), 0, time.monotonic()
+    running: set[Future] = set()
+    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_one_thread) as pool:
+        try:
+            while missing or left or running:
+                ready = [job for job in left if all(t.folder(store).is_dir() for t in trainings(job))]
+                while len(running) < workers and (ready or missing):
+                    if ready:
+                        left.remove(ready[0])
+                        running.add(pool.submit(measure_job, ready.pop(0), store, commit()))
+                    else:
+                        running.add(pool.submit(train_one, missing.pop(next(iter(missing))), store))
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    done += 1
+                    left_min = (time.monotonic() - started) / done * (pieces - done) / 60
+                    say(f"{done} of {pieces}: {future.result()}; about {left_min:.0f} min left")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    """Small models waste a second core's time; two trainings side by side do not."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
