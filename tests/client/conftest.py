@@ -8,8 +8,8 @@ from pydicom import Dataset
 
 from shared.slices import SliceCache
 from tests.conftest import SmallHospitals
-from tests.dicom_files import write_series
-from tests.training import SLICES
+from tests.support.dicom_files import write_series
+from tests.support.training import SLICES
 
 
 @pytest.fixture

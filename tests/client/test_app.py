@@ -11,8 +11,8 @@ from flwr.app import Array, ConfigRecord, RecordDict
 
 from client.boundary.audit import read_entries, verify
 from shared.refusals import Refusal, code_of_key
-from tests.asking import HEADS, NAME, ask, refusal, train_order
 from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.support.asking import HEADS, NAME, ask, refusal, train_order
 
 
 def detail(hospitals: SmallHospitals) -> str:

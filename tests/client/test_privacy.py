@@ -29,8 +29,18 @@ from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
 
 from client.ingest.store import read_journal
-from tests.dicom_files import ct_dataset
-from tests.small_sites import CLIENT, ROOT, SIDE, SPACING_MM, contents, make_site, patients, tiny_head, write_images
+from tests.support.dicom_files import ct_dataset
+from tests.support.small_sites import (
+    CLIENT,
+    ROOT,
+    SIDE,
+    SPACING_MM,
+    contents,
+    make_site,
+    patients,
+    tiny_head,
+    write_images,
+)
 
 FAMILY, GIVEN, OTHER_NAME, STAFF = "Zwiebelfisch", "Ottokarina", "Quastenflosser", "Knollenblatt"
 PATIENT_ID, OTHER_ID, ACCESSION, STATION = "PXQ-884127", "KVNR-X99431207", "ACCQ5512098", "STATQVEST7"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.centres import need_nginx
 from tests.conftest import SmallHospitals
+from tests.support.centres import need_nginx
 
 NAMES = ["hospital-01", "hospital-02", "hospital-03"]
 

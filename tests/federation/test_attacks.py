@@ -35,9 +35,9 @@ from server.centre.proxy import CALLS_PER_S
 from server.centre.registry import revoke
 from shared.host.processes import owned
 from shared.site import read_site
-from tests.centres import wait_for
-from tests.federation.siege import REPLY_MB, Besieged, held, siege
-from tests.fleet_node import FleetNode, reply_of, small, status_of
+from tests.support.centres import wait_for
+from tests.support.fleet_node import FleetNode, reply_of, small, status_of
+from tests.support.siege import REPLY_MB, Besieged, held, siege
 
 PIECE = 5_000_000
 

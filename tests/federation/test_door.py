@@ -38,7 +38,7 @@ from server.storage.run_folder import read_status
 from shared.site import read_site
 from shared.wire.enrolment import ABSENT, UNKNOWN, make_certificate, make_node_key
 from simulations.rehearsal.federation import Federation, FederationError, federate
-from tests.centres import wait_for
+from tests.support.centres import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = [

@@ -15,7 +15,7 @@ from server.storage.run_folder import read_rounds
 from simulations.rehearsal.federation import Federation, enrol, federate
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
-from tests.federation.relay import Relay
+from tests.support.relay import Relay
 
 pytestmark = pytest.mark.long
 DEADLINE_S = 45.0

@@ -12,7 +12,7 @@ from server.storage.run_folder import read_rounds, read_status, read_summary
 from simulations.rehearsal.federation import federate, own_site
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
-from tests.loopback import LoopbackGrid, run_server
+from tests.support.loopback import LoopbackGrid, run_server
 
 CONFIG = small_config(federation__rounds=3, federation__quorum=3, federation__wait_s=600.0)
 

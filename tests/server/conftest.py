@@ -8,7 +8,7 @@ from server.evaluation.evaluate import evaluate_unseen
 from server.evaluation.report import write_report
 from server.storage.run_folder import read_config
 from tests.conftest import SmallHospitals
-from tests.rounds import run
+from tests.support.rounds import run
 
 
 @pytest.fixture

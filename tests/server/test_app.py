@@ -19,8 +19,8 @@ from shared.config import ConfigError
 from shared.metrics import summarise
 from shared.tally import pooled
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.loopback import LoopbackGrid, run_server
-from tests.rounds import NAMES, run
+from tests.support.loopback import LoopbackGrid, run_server
+from tests.support.rounds import NAMES, run
 
 METRICS = ("auc", "f1", "dice")
 

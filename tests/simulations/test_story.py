@@ -20,7 +20,7 @@ from server.storage.run_folder import read_config, read_rounds, read_summary
 from shared.host.processes import owned
 from simulations.rehearsal.superlink import CONNECTION, SimulationError, run_app, start_superlink
 from tests.conftest import SmallHospitals, small_config
-from tests.loopback import LoopbackGrid, run_server
+from tests.support.loopback import LoopbackGrid, run_server
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["hospital-01", "hospital-02"]

@@ -303,5 +303,5 @@ def test_what_is_installed_is_imported(loot: Path) -> None:
 
 
 def test_no_other_folder_of_the_project_is_imported() -> None:
-    told = attempt(ROOT, ["server.app", "simulations.cli", "tests.loopback"])
+    told = attempt(ROOT, ["server.app", "simulations.cli", "tests.support.loopback"])
     assert all("imports only what it installed itself" in text for text in told.values())

@@ -20,8 +20,18 @@ from shared.config import RunConfig
 from shared.refusals import FIRST_KEY, TEXTS, Refusal, code_of_key
 from shared.site import read_site
 from shared.wire.records import Tensors, to_record
-from tests.asking import HEADS, NAME, ask, evaluate, evaluation_order, refusal, tensors, train_order, train_rounds
 from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.support.asking import (
+    HEADS,
+    NAME,
+    ask,
+    evaluate,
+    evaluation_order,
+    refusal,
+    tensors,
+    train_order,
+    train_rounds,
+)
 
 SILENT = {"release": ["encoder"], "metrics": False, "min_patients": 1_000_000}
 

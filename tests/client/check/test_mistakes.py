@@ -21,8 +21,8 @@ from pydicom.uid import JPEG2000, JPEGLSNearLossless, MRImageStorage, SecondaryC
 from client.check.check import Check, check
 from client.dicom.elements import silence_readers
 from shared.site import SiteError, read_site
-from tests.mask_files import write_seg
-from tests.mistakes import (
+from tests.support.mask_files import write_seg
+from tests.support.mistakes import (
     PATIENTS,
     SLICES,
     both,
@@ -47,7 +47,7 @@ from tests.mistakes import (
     uid_png,
     words,
 )
-from tests.small_sites import SIDE, make_site, patients, tiny_head
+from tests.support.small_sites import SIDE, make_site, patients, tiny_head
 
 
 @pytest.fixture(scope="module")

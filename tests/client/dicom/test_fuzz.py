@@ -42,8 +42,8 @@ from client.ingest.scan import FoundFile, Record, scan_file
 from client.ingest.survey import read_parts
 from client.ingest.workers import Crew
 from client.masks.match import match_masks, read_masks
-from tests.dicom_files import ct_dataset, head_hu, save_as_syntax, write_series
-from tests.mask_files import grid_of, truth, write_seg
+from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_series
+from tests.support.mask_files import grid_of, truth, write_seg
 
 KEY = b"k" * 32
 SIDE, VICTIM = 48, 2

@@ -27,7 +27,7 @@ from pydicom.uid import (
 from client.dicom.elements import DicomError, pseudonym, text
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
-from tests.dicom_files import ct_dataset, enhanced_ct, head_hu, save_as_syntax, write_ct
+from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, save_as_syntax, write_ct
 
 KEY = b"k" * 32
 TEST_IMAGES = "cornerstonejs+cornerstone3D/packages/dicomImageLoader/testImages"

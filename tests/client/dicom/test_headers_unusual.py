@@ -27,8 +27,8 @@ from client.dicom.pixels import read_hu
 from client.dicom.series import sharpness
 from client.ingest.resent import without_copies
 from client.ingest.workers import Crew
-from tests.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
-from tests.small_sites import SERIES, draw, edit_data, ingested, make_site, three, tiny_head
+from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
+from tests.support.small_sites import SERIES, draw, edit_data, ingested, make_site, three, tiny_head
 
 KEY = b"k" * 32
 NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)

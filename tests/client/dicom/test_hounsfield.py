@@ -11,7 +11,7 @@ from client.dicom.headers import read_images
 from client.dicom.hounsfield import BIN_HU, BINS, LOW_HU, histogram, implausible
 from client.dicom.pixels import PADDING_HU, read_hu
 from tests.conftest import SmallHospitals
-from tests.dicom_files import head_hu
+from tests.support.dicom_files import head_hu
 
 HEAD = head_hu((256, 256)).astype(np.float32)
 

@@ -27,7 +27,7 @@ from pydicom.uid import (
 from client.dicom.elements import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import AIR_HU, MAX_HU, PADDING_HU, clamp_hu, read_hu
-from tests.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
+from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
 
 KEY = b"k" * 32
 TEST_IMAGES = "cornerstonejs+cornerstone3D/packages/dicomImageLoader/testImages"

@@ -11,7 +11,7 @@ from pydicom.uid import CTImageStorage
 from client.dicom.elements import Fault, pseudonym
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.series import CtSeries, build_series, choose, describe, sharpness
-from tests.dicom_files import ct_dataset, head_hu, write_ct, write_series
+from tests.support.dicom_files import ct_dataset, head_hu, write_ct, write_series
 
 KEY = b"k" * 32
 

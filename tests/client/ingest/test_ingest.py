@@ -20,8 +20,8 @@ from client.ingest.ingest import IngestError, ingest
 from client.ingest.store import FILES
 from shared.site import read_site
 from tests.conftest import SmallHospitals
-from tests.dicom_files import ct_dataset
-from tests.small_sites import (
+from tests.support.dicom_files import ct_dataset
+from tests.support.small_sites import (
     CLIENT,
     HEADER,
     ROOT,

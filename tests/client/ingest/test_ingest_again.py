@@ -15,7 +15,7 @@ from client.ingest import scan as scan_module
 from client.ingest.ingest import ingest
 from shared.site import read_site
 from tests.conftest import edit_site
-from tests.small_sites import (
+from tests.support.small_sites import (
     HEADER,
     answer_of,
     counted,

@@ -20,7 +20,7 @@ from client.ingest.store import read_journal
 from shared.host.processes import is_alive
 from shared.site import read_site
 from shared.slices import CacheError, read_cache
-from tests.small_sites import (
+from tests.support.small_sites import (
     CLIENT,
     ROOT,
     answer_of,

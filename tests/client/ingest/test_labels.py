@@ -11,7 +11,16 @@ from client.ingest.ingest import IngestError, ingest
 from client.ingest.label_table import LabelError, read_labels
 from client.ingest.labels import SPLIT_SHARES, annotated_series, assign_splits, splits_of
 from shared.site import SiteError, read_site
-from tests.small_sites import SERIES, index, ingested, make_site, patients, series_name, three, write_multi_frame
+from tests.support.small_sites import (
+    SERIES,
+    index,
+    ingested,
+    make_site,
+    patients,
+    series_name,
+    three,
+    write_multi_frame,
+)
 
 HEADER = "series_uid,sop_uid,hypodensity\n"
 COUNTED = "series_uid,slice_index,hypodensity\n"

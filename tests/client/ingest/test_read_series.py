@@ -17,7 +17,7 @@ from client.ingest import read_series as reading
 from client.ingest.read_series import MOST_FOR_CENTRE, Part, SeriesJob, can_read, image_name, read_part
 from client.masks.match import MaskFile, picture_mask
 from shared.slices import SIDE_PX
-from tests.small_sites import SERIES, SIDE, SPACING_MM, three, tiny_head, write_images, write_multi_frame
+from tests.support.small_sites import SERIES, SIDE, SPACING_MM, three, tiny_head, write_images, write_multi_frame
 
 KEY = b"k" * 32
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,7 +10,7 @@ from client.ingest.records import append_records, read_records, write_records
 from client.ingest.scan import FoundFile, Record, scan, walk
 from client.ingest.workers import Crew
 from shared.site import Site, read_site
-from tests.small_sites import SERIES, make_site, three, write_multi_frame
+from tests.support.small_sites import SERIES, make_site, three, write_multi_frame
 
 Pairs = list[tuple[FoundFile, Record]]
 

@@ -12,7 +12,7 @@ from client.dicom.pixels import AIR_HU, clamp_hu, read_hu
 from client.ingest.resample import head_centre, resample, touches_edge
 from shared.slices import SIDE_PX
 from tests.conftest import SmallHospitals
-from tests.dicom_files import write_ct
+from tests.support.dicom_files import write_ct
 
 KEY = b"k" * 32
 DISC_MM = 100.0

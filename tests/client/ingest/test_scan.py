@@ -15,7 +15,7 @@ from client.ingest.ingest import ingest
 from client.ingest.scan import FoundFile, Record, Scan, manifest_of, scan, walk
 from client.ingest.workers import Crew
 from shared.site import Site, read_site
-from tests.small_sites import SERIES, file_code, ingested, make_site, tiny_head, write_images
+from tests.support.small_sites import SERIES, file_code, ingested, make_site, tiny_head, write_images
 
 
 def scanned(site: Site, known: dict[str, tuple[str, Record]] | None = None) -> Scan:

@@ -22,7 +22,7 @@ from client.ingest.store import (
     swap_in,
 )
 from shared.slices import SIDE_PX, CacheError, read_cache
-from tests.small_sites import contents
+from tests.support.small_sites import contents
 
 SPLITS = {"patient": "train"}
 

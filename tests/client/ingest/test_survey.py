@@ -18,7 +18,7 @@ from client.ingest.survey import Survey, fingerprints, read_parts, survey
 from client.ingest.workers import ENDED_ITS_READER, Crew
 from client.masks import match as masks
 from shared.site import Site, read_site
-from tests.small_sites import (
+from tests.support.small_sites import (
     SERIES,
     SIDE,
     edit_data,

@@ -21,8 +21,8 @@ from client.dicom.elements import DicomError, silence_readers
 from client.dicom.series import CtSeries
 from client.masks.match import SeriesMasks, match_masks, read_masks
 from tests.client.masks.test_rtstruct import centres, rtstruct
-from tests.dicom_files import write_series
-from tests.mask_files import KEY, read_one, series_of, truth, write_seg
+from tests.support.dicom_files import write_series
+from tests.support.mask_files import KEY, read_one, series_of, truth, write_seg
 
 SEG_CHANGES = (
     "drop",

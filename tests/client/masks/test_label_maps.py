@@ -12,8 +12,8 @@ from pydicom import Dataset
 from client.dicom.elements import DicomError
 from client.ingest.scan import FoundFile, scan_file
 from client.masks.match import match_masks, read_masks
-from tests.dicom_files import write_series
-from tests.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume, write_seg
+from tests.support.dicom_files import write_series
+from tests.support.mask_files import KEY, grid_of, masks_of, read_one, refused, series_of, truth, volume, write_seg
 
 # NIfTI
 

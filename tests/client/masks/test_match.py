@@ -12,8 +12,8 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from client.dicom.elements import DicomError
 from client.masks.match import match_masks
-from tests.dicom_files import ct_dataset, enhanced_ct, head_hu, write_ct
-from tests.mask_files import SHAPE, masks_of, read_one, refused, series_of, truth, volume, write_seg
+from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, write_ct
+from tests.support.mask_files import SHAPE, masks_of, read_one, refused, series_of, truth, volume, write_seg
 
 DCMQI = "QIICR+dcmqi/data/segmentations"
 HIGHDICOM = "ImagingDataCommons+highdicom/data/test_files"

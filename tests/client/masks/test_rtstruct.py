@@ -10,8 +10,8 @@ import pydicom
 import pytest
 from pydicom import Dataset
 
-from tests.dicom_files import ct_dataset, enhanced_ct, write_series
-from tests.mask_files import masks_of, refused, series_of
+from tests.support.dicom_files import ct_dataset, enhanced_ct, write_series
+from tests.support.mask_files import masks_of, refused, series_of
 
 
 def test_a_real_rtstruct(real_dicom: Path) -> None:

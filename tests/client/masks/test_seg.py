@@ -14,8 +14,8 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRBigEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from client.masks.match import match_masks, read_masks
-from tests.dicom_files import write_series
-from tests.mask_files import KEY, masks_of, read_one, refused, series_of, truth, volume, write_seg
+from tests.support.dicom_files import write_series
+from tests.support.mask_files import KEY, masks_of, read_one, refused, series_of, truth, volume, write_seg
 
 AREAS = [150, 117, 88, 0]
 

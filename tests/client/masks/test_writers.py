@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.masks.match import match_masks, read_masks
-from tests.dicom_files import ct_dataset, enhanced_ct, head_hu, write_ct
-from tests.mask_files import KEY, read_one, refused, series_of, volume, write_seg
+from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, write_ct
+from tests.support.mask_files import KEY, read_one, refused, series_of, volume, write_seg
 
 SLICES = 5
 

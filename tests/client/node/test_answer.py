@@ -23,7 +23,7 @@ from shared.refusals import TEXTS
 from shared.site import read_site
 from shared.wire.instructions import InstructionError
 from tests.conftest import SmallHospitals, small_config
-from tests.orders import RUN_ID, Sender, opened, project_bundle
+from tests.support.orders import RUN_ID, Sender, opened, project_bundle
 
 
 @pytest.fixture

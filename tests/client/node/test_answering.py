@@ -26,7 +26,7 @@ from shared.host.processes import owned
 from shared.model.scoring import build_model
 from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, small_config
-from tests.orders import Sender, opened
+from tests.support.orders import Sender, opened
 
 ALWAYS = lambda: True  # noqa: E731
 

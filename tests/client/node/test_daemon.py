@@ -20,9 +20,9 @@ from shared.host.processes import flower_environment, hold, is_held, owned
 from shared.refusals import Refusal
 from shared.site import read_site
 from shared.wire.enrolment import EnrolError
-from tests.centres import enrol, make_centre
-from tests.orders import opened
-from tests.small_sites import make_site
+from tests.support.centres import enrol, make_centre
+from tests.support.orders import opened
+from tests.support.small_sites import make_site
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ from shared.wire.enrolment import (
     read_letter,
     write_letter,
 )
-from tests.centres import invitation_file, make_centre
-from tests.small_sites import contents, make_site
+from tests.support.centres import invitation_file, make_centre
+from tests.support.small_sites import contents, make_site
 
 SITE = "hospital-01"
 

@@ -14,8 +14,8 @@ from server.centre.authority import Pair, issue_server, make_authority, read_cer
 from server.centre.config import Centre
 from shared.site import Site, read_site
 from shared.wire.enrolment import REVOKED, UNKNOWN, make_certificate, make_node_key
-from tests.centres import closed_port, enrol, make_centre, over_tls, page, serving
-from tests.small_sites import ingested, make_site, patients
+from tests.support.centres import closed_port, enrol, make_centre, over_tls, page, serving
+from tests.support.small_sites import ingested, make_site, patients
 
 SITE = "hospital-01"
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)

@@ -19,8 +19,8 @@ from shared.config import parse_config
 from shared.refusals import Refusal
 from shared.site import Site
 from shared.wire.records import PROBE, Tensors, from_record, shapes_of, tally_from_record
-from tests.asking import HEADS, NAME, ask, evaluate, evaluation_order, own_heads, refusal, tensors, train_rounds
 from tests.conftest import SmallHospitals, edit_site, small_config
+from tests.support.asking import HEADS, NAME, ask, evaluate, evaluation_order, own_heads, refusal, tensors, train_rounds
 
 OPEN = {"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 2}
 

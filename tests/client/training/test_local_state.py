@@ -12,7 +12,7 @@ from client.training.local_state import LocalState
 from client.training.round import TrainError
 from shared.config import RunConfig
 from shared.slices import SliceCache
-from tests.training import changed, equal, fresh, train_one_round, trained
+from tests.support.training import changed, equal, fresh, train_one_round, trained
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "uncertainty", "gradnorm"])

@@ -23,7 +23,7 @@ from shared.model.batches import make_batch
 from shared.model.scoring import build_model
 from shared.slices import SliceCache
 from tests.conftest import SmallHospitals
-from tests.training import SLICES, changed, equal, fresh, train_one_round, trained
+from tests.support.training import SLICES, changed, equal, fresh, train_one_round, trained
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

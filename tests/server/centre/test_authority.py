@@ -25,7 +25,7 @@ from server.centre.authority import (
     read_key,
     write_private,
 )
-from tests.centres import over_tls, serving
+from tests.support.centres import over_tls, serving
 
 PEM, PKCS8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
 

@@ -12,8 +12,8 @@ import tomli_w
 from server.centre.authority import issue_server
 from server.centre.config import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.centre.registry import read_sites
-from tests.centres import make_centre
-from tests.small_sites import contents
+from tests.support.centres import make_centre
+from tests.support.small_sites import contents
 
 
 @pytest.fixture

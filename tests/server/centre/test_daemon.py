@@ -17,7 +17,7 @@ from server.centre.run_request import read_trouble
 from server.centre.status import status_lines
 from shared.host.processes import owned
 from simulations.rehearsal.federation import free_ports
-from tests.centres import need_nginx, wait_for
+from tests.support.centres import need_nginx, wait_for
 
 
 @pytest.fixture

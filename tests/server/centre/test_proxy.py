@@ -16,7 +16,7 @@ from server.centre.config import Centre, CentreError, init_centre
 from server.centre.proxy import check_port_is_free, find_nginx, is_listening, stop_proxy, write_proxy_config
 from shared.host.processes import END_TIMEOUT_S
 from simulations.rehearsal.federation import free_ports
-from tests.centres import need_nginx, wait_for
+from tests.support.centres import need_nginx, wait_for
 
 
 @pytest.fixture

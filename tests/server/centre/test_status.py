@@ -16,7 +16,7 @@ from server.centre.run_request import TERMINAL, Wanted, is_running, lock_path, r
 from server.centre.status import follow_run, last_refusals, online, sites_table, status_lines, write_unit
 from server.storage.run_folder import append_round, write_status
 from shared.host.processes import hold
-from tests.centres import closed_port, enrol, make_centre
+from tests.support.centres import closed_port, enrol, make_centre
 
 CONFIG = {"federation": {"rounds": 3}, "run": {"id": "one"}}
 

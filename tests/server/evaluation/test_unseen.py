@@ -13,8 +13,8 @@ from server.evaluation.evaluate import EvaluationError, evaluate_unseen
 from server.evaluation.results_table import report_anew
 from server.storage.run_folder import RunError, read_config, read_summary
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.loopback import LoopbackGrid, run_server
-from tests.rounds import run
+from tests.support.loopback import LoopbackGrid, run_server
+from tests.support.rounds import run
 
 
 def test_counts_that_held_out_hospitals_send_complete_the_report(

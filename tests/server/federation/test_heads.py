@@ -14,8 +14,8 @@ from server.storage.checkpoint import load_checkpoint, read_tensors
 from server.storage.run_folder import read_config, read_summary
 from shared.config import ConfigError
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.loopback import LoopbackGrid, run_server
-from tests.rounds import NAMES, run
+from tests.support.loopback import LoopbackGrid, run_server
+from tests.support.rounds import NAMES, run
 
 
 def test_an_ensemble_keeps_each_hospitals_heads(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from server.federation.strategy import repeat_round
 from shared.config import FederationSettings
 from shared.refusals import TEXTS, Refusal
 from tests.conftest import SmallHospitals, small_config
-from tests.loopback import LoopbackGrid
-from tests.rounds import NAMES, beginning
+from tests.support.loopback import LoopbackGrid
+from tests.support.rounds import NAMES, beginning
 
 
 def test_replies_come_one_at_a_time_in_order_of_names(two: SmallHospitals) -> None:

@@ -18,8 +18,8 @@ from shared.model.scoring import build_model
 from shared.refusals import TEXTS, Refusal
 from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.loopback import Change, LoopbackGrid
-from tests.rounds import NAMES, beginning, first_round, update_of
+from tests.support.loopback import Change, LoopbackGrid
+from tests.support.rounds import NAMES, beginning, first_round, update_of
 
 
 def spoil(node: int, what) -> Change:

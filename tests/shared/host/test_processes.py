@@ -24,7 +24,7 @@ from shared.host.processes import (
     is_held,
     owned,
 )
-from tests.centres import closed_port, page, serving
+from tests.support.centres import closed_port, page, serving
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """

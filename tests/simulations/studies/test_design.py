@@ -33,7 +33,7 @@ from simulations.studies.design import (
 from simulations.studies.tables import read_result, scores_table, state, text
 from simulations.studies.training import StudyError, pool, read_trained, save_trained, train, with_steps
 from tests.conftest import SmallHospitals, small_config
-from tests.loopback import LoopbackGrid, run_server
+from tests.support.loopback import LoopbackGrid, run_server
 
 NAMES = ["hospital-01", "hospital-02"]
 

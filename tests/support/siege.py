@@ -21,8 +21,8 @@ from server.centre.proxy import is_listening
 from server.centre.registry import read_nodes
 from shared.host.processes import owned
 from simulations.rehearsal.federation import free_ports
-from tests.centres import enrol, need_nginx, wait_for
-from tests.fleet_node import FleetNode
+from tests.support.centres import enrol, need_nginx, wait_for
+from tests.support.fleet_node import FleetNode
 
 MOST_MB = 300  # more than idle, whatever is sent
 REPLY_MB = 20  # largest_reply_mb of this centre

@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.uid import JPEG2000
 
-from tests.small_sites import SIDE
+from tests.support.small_sites import SIDE
 
 PATIENTS, SLICES = 8, 4
 

@@ -21,7 +21,7 @@ from server.centre.config import Centre, CentreError, init_centre
 from server.centre.proxy import find_nginx
 from server.centre.registry import invitation_path, invite, register
 from shared.wire.enrolment import Request, read_letter
-from tests.small_sites import make_site
+from tests.support.small_sites import make_site
 
 Answer = Callable[[socket.socket], None]  # what a server does with one connection
 _HELD: list[socket.socket] = []

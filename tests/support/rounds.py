@@ -14,7 +14,7 @@ from shared.config import parse_config
 from shared.model.scoring import build_model
 from shared.wire.records import expected_shapes, from_record, to_arrays
 from tests.conftest import SmallHospitals, small_config
-from tests.loopback import LoopbackGrid, run_server
+from tests.support.loopback import LoopbackGrid, run_server
 
 NAMES = ["hospital-01", "hospital-02"]
 

@@ -22,9 +22,9 @@ from client.dicom.elements import pseudonym
 from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
-from tests.dicom_files import ct_dataset, enhanced_ct, write_ct
+from tests.support.dicom_files import ct_dataset, enhanced_ct, write_ct
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLIENT = [sys.executable, "-c", "from client.cli import main; main()"]  # hemafed-client, to be run in ROOT
 SERIES = "1.2.826.1"
 SIDE, SPACING_MM = 48, 4.0

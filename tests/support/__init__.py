@@ -1,0 +1,1 @@
+"""Real hospitals, centres and files, small, for tests."""
