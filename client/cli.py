@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.dicom.elements import Fault, silence_readers
 from client.faults import by_reason
 from client.ingest.ingest import IngestError, IngestReport, ingest
-from shared.host.rights import words_of
+from shared.host.console import Bars, fail, say
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 from shared.wire.enrolment import EnrolError
@@ -24,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What a hospital does with its own data.",
 )
-console = Console()
 SiteFile = Annotated[Path, typer.Argument(help="the hospital's site.yaml")]
 Workers = Annotated[int | None, typer.Option(help="processes; by default one per core", min=1)]
 SHOWN = 3  # of those left out for one reason
@@ -47,7 +44,7 @@ def ingest_command(
         with Bars(site.name) as bars:
             report = ingest(site, workers, bars.show)
     except (SiteError, IngestError, CacheError) as error:
-        raise refuse(error) from error
+        fail(error)
     say(report_text(site.name, report))
 
 
@@ -70,7 +67,7 @@ def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
             result = check(site, workers, bars.show)
         pages = [write_page(result, site_yaml.absolute().parent), write_json(result, site_yaml.absolute().parent)]
     except (SiteError, OSError) as error:
-        raise refuse(error, 2) from error
+        fail(error, 2)
     counts = result.counts
     say(
         f"{site.name}: {counts['patients']} patients, {counts['series']} series, {counts['slices']} slices: "
@@ -104,7 +101,7 @@ def find_command(
             found += 1
             say(f"{code}: {what}")
     except (SiteError, OSError) as error:
-        raise refuse(error, 2) from error
+        fail(error, 2)
     if found < len(set(codes)):
         say(f"{len(set(codes)) - found} codes are not of this folder as it is now; run the report again")
         raise typer.Exit(1)
@@ -129,7 +126,7 @@ def audit_command(
             for line in audit_lines(site):
                 say(line)
     except (SiteError, AuditError, OSError) as error:
-        raise refuse(error, 2) from error
+        fail(error, 2)
     for fault in verdict.faults:
         say(f"fault: {fault}")
     whole = "changed" if verdict.faults else "whole"
@@ -174,7 +171,7 @@ def init_command(
     try:
         centre, written = init_site(invitation, site_yaml, request)
     except (EnrolError, SiteError, OSError) as error:
-        raise refuse(error) from error
+        fail(error)
     if written:
         say(f"wrote {site_yaml}: name the folders of your data in it")
     say(f"1. send {request.absolute()} to the centre; it may be sent openly, but holds a token that is good once")
@@ -214,7 +211,7 @@ def join_command(
             return
         join(site, site_yaml, say)
     except (SiteError, EnrolError, OSError) as error:
-        raise refuse(error) from error
+        fail(error)
 
 
 @app.command("app")
@@ -223,60 +220,6 @@ def app_command() -> None:
     from client.boundary.code import HOSPITAL_CODE, ROOT, code_hash
 
     say(f"{code_hash()}  {', '.join(f'{ROOT / folder}' for folder in HOSPITAL_CODE)}")
-
-
-@app.command("import")
-def import_command(
-    data_set: Annotated[str, typer.Argument(metavar="[rsna|cq500|physionet-ich|bhsd]", help="which public set")],
-    source: Annotated[Path, typer.Argument(help="its folder, as published")],
-    target: Annotated[Path, typer.Argument(help="where the hospitals are written")],
-) -> None:
-    """Make hospitals of a public data set: site.yaml and labels for each, pixels where they are."""
-    from simulations.importers import IMPORTERS, SourceError
-
-    silence_readers()
-    if data_set not in IMPORTERS:
-        raise refuse(SourceError(f"data set {data_set!r}, expected one of {', '.join(IMPORTERS)}"), 2)
-    try:
-        with Bars(data_set) as bars:
-            files = IMPORTERS[data_set](source, target, lambda done, total: bars.show("files", done, total))
-    except (SourceError, OSError) as error:
-        raise refuse(error) from error
-    for file in files:
-        say(f"{file}: next, hemafed-client check {file}")
-
-
-class Bars:
-    """A bar for each thing that is counted. Use as a context."""
-
-    def __init__(self, name: str):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._name, self._bars = name, Progress(*columns, console=console)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Move the bar of `what`."""
-        text = f"{self._name}: {what}"
-        tasks = [task.id for task in self._bars.tasks if task.description == text]
-        self._bars.update(tasks[0] if tasks else self._bars.add_task(text), completed=done, total=total)
-
-
-def say(line: str) -> None:
-    """A line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def refuse(error: Exception, code: int = 1) -> typer.Exit:
-    """Say what is wrong and end with a status."""
-    console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-    say(words_of(error))
-    return typer.Exit(code)
 
 
 def report_text(name: str, report: IngestReport) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from server.centre.authority import AuthorityError, days_left, fingerprint
 from server.centre.config import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
@@ -20,7 +18,7 @@ from server.centre.run_request import TERMINAL, is_running, read_wanted, want_ru
 from server.centre.status import follow_run, sites_table, status_lines, write_unit
 from server.storage.run_folder import RunError, check_run, flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
-from shared.host.rights import words_of
+from shared.host.console import console, fail, say
 from shared.wire.enrolment import EnrolError, Request, read_letter
 
 app = typer.Typer(
@@ -29,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What the coordinating centre does.",
 )
-console = Console(width=None if sys.stdout.isatty() else 200)  # a line of `sites` with its key
 CentreFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the centre's folder")]
 SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
 
@@ -125,7 +122,7 @@ def sites_command(folder: CentreFolder) -> None:
     """Show who is known, with which key, and who is online."""
     try:
         centre = read_centre(folder)
-        console.print(sites_table(centre))
+        console.print(sites_table(centre), width=None if console.is_terminal else 200)  # a line with its key
         for warning in expiry_warnings(centre):
             say(warning)
     except (CentreError, AuthorityError, OSError) as error:
@@ -224,19 +221,6 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as run
         console.print(f"report: {report_anew(run)}", highlight=False)
     except ERRORS as error:
         fail(error)
-
-
-def say(line: str) -> None:
-    """A line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def fail(error: Exception) -> None:
-    """Say what is wrong and leave with exit status 1."""
-    console.print(
-        f"{type(error).__name__}: {words_of(error)}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
-    raise typer.Exit(1) from error
 
 
 def main() -> None:

@@ -14,10 +14,9 @@ from typing import Annotated
 
 import tomli_w
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from client.dicom.elements import silence_readers
 from client.ingest.ingest import IngestError, ingest
 from client.training.round import TrainError
 from server.centre.authority import AuthorityError
@@ -25,7 +24,9 @@ from server.centre.config import CentreError
 from server.evaluation.results_table import ERRORS, evaluate_run, result_table
 from server.storage.run_folder import flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
+from shared.host.console import Bars, console, fail, say
 from shared.site import SiteError, read_site
+from simulations.importers import IMPORTERS, SourceError
 from simulations.phantom.physics import physics_table
 from simulations.phantom.write_hospitals import write_hospitals
 from simulations.rehearsal.federation import FederationError
@@ -41,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Synthetic hospitals and studies on them.",
 )
-console = Console(width=None if sys.stdout.isatty() else 110)
 
 Folder = Annotated[Path, typer.Option(help="where the hospitals are, or are written")]
 Seed = Annotated[int, typer.Option(help="decides every byte of the hospitals")]
@@ -53,30 +53,22 @@ def sites_command(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> None
     try:
         sites(hospitals, seed)
     except (IngestError, SiteError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        fail(error)
 
 
 def sites(hospitals: Path, seed: int) -> list[Path]:
     """Write and ingest the hospitals; the site.yaml of each."""
-    with _progress() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-            if done == total and not console.is_terminal:  # a log file gets lines instead of bars
-                console.print(f"{what}: {done} of {total}", highlight=False)
-
-        files = write_hospitals(hospitals.absolute(), seed, progress=lambda name, *count: show(f"write {name}", *count))
+    with Bars() as bars:
+        files = write_hospitals(
+            hospitals.absolute(), seed, progress=lambda name, *count: bars.show(f"write {name}", *count)
+        )
         for file in files:
             name = file.parent.name
             report = ingest(
-                read_site(file), progress=lambda what, *count, name=name: show(f"ingest {name}: {what}", *count)
+                read_site(file), progress=lambda what, *count, name=name: bars.show(f"ingest {name}: {what}", *count)
             )
             if report.unchanged:
-                show(f"ingest {name}: series", report.series, report.series)
+                bars.show(f"ingest {name}: series", report.series, report.series)
             for fault in report.faults:
                 console.print(f"{file.parent.name}: left out: {fault.reason}", style="red", markup=False)
     return files
@@ -107,10 +99,9 @@ def demo(
         console.rule("evaluation on hospitals that never trained")
         folder = runs.absolute() / config["run"]["id"]
         held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
-        page, summary = evaluate_run(folder, held_out, lambda line: console.print(line, highlight=False), repeats=True)
+        page, summary = evaluate_run(folder, held_out, say, repeats=True)
     except (SimulationError, IngestError, *ERRORS) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        fail(error)
     console.print(result_table(summary))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
 
@@ -131,12 +122,9 @@ def federation_command(
     try:
         config = flatten(read_keys(preset, keys or []))
         parse_config(config)
-        outcome = rehearse(
-            folder.absolute(), sites(hospitals, seed), config, lambda line: console.print(line, highlight=False)
-        )
+        outcome = rehearse(folder.absolute(), sites(hospitals, seed), config, say)
     except (FederationError, IngestError, TrainError, CentreError, AuthorityError, *ERRORS) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        fail(error)
     console.print(result_table(outcome.summary))
     deployed = outcome.deployed
     console.print(
@@ -172,10 +160,9 @@ def run_command(
         chosen = all_experiments() if names == ["all"] else [read_experiment(name) for name in names]
         only = {int(seed) for seed in seeds.split(",")} if seeds else None
         wanted = [job for e in chosen for job in jobs(e) if only is None or job.seed in only]
-        run_jobs(wanted, store, workers, lambda line: console.print(line, highlight=False))
+        run_jobs(wanted, store, workers, say)
     except (StudyError, TrainError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        fail(error)
     console.print(f"tables: {write_tables()}", highlight=False)
 
 
@@ -188,7 +175,26 @@ def table_command() -> None:
 @app.command("physics")
 def physics_command(patients: Annotated[int, typer.Option(help="synthetic patients measured per kernel")] = 8) -> None:
     """Measure the synthetic scans beside the ranges found on real ones."""
-    console.print(physics_table(patients, said=lambda line: console.print(line, highlight=False)))
+    console.print(physics_table(patients, said=say))
+
+
+@app.command("import")
+def import_command(
+    data_set: Annotated[str, typer.Argument(metavar="[rsna|cq500|physionet-ich|bhsd]", help="which public set")],
+    source: Annotated[Path, typer.Argument(help="its folder, as published")],
+    target: Annotated[Path, typer.Argument(help="where the hospitals are written")],
+) -> None:
+    """Make hospitals of a public data set: site.yaml and labels for each, pixels where they are."""
+    silence_readers()
+    if data_set not in IMPORTERS:
+        fail(SourceError(f"data set {data_set!r}, expected one of {', '.join(IMPORTERS)}"), 2)
+    try:
+        with Bars(data_set) as bars:
+            files = IMPORTERS[data_set](source, target, lambda done, total: bars.show("files", done, total))
+    except (SourceError, OSError) as error:
+        fail(error)
+    for file in files:
+        say(f"{file}: next, hemafed-client check {file}")
 
 
 def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> dict:
@@ -209,12 +215,6 @@ def _run_config(preset: Path, keys: list[str], hospitals: Path, runs: Path) -> d
         config[section] = config.get(section, {}) | {key: str(folder.absolute())}
     config["run"] = {"id": new_run_name(parse_config(flatten(config)))} | config["run"]
     return config
-
-
-def _progress() -> Progress:
-    """Progress bars, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def main() -> None:

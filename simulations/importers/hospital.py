@@ -30,7 +30,7 @@ _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}  # other disk
 
 def _marker(data_set: DataSet) -> str:
     """The first line of a site.yaml that an importer may write again."""
-    return f"# Written by hemafed-client import {data_set.name}"
+    return f"# Written by hemafed-sim import {data_set.name}"
 
 
 def check_free(folder: Path, data_set: DataSet) -> None:

@@ -163,7 +163,7 @@ def test_bad_sources_are_refused(source: Path, tmp_path: Path, steps: Steps) -> 
     importer, target = IMPORTERS["bhsd"], tmp_path / "target"
     (target / "bhsd").mkdir(parents=True)
     (target / "bhsd" / "site.yaml").write_text("site: bhsd\n")
-    with pytest.raises(SourceError, match="exists and does not begin with '# Written by hemafed-client import bhsd'"):
+    with pytest.raises(SourceError, match="exists and does not begin with '# Written by hemafed-sim import bhsd'"):
         importer(source, target, steps)
     assert [path.name for path in target.rglob("*") if path.is_file()] == ["site.yaml"]
     (source / "ground truths").rename(source / "labels")

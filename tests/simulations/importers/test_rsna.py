@@ -170,7 +170,7 @@ def test_a_killed_import_is_finished(source: Path, tmp_path: Path, steps: Steps)
     assert {name: content for name, (content, *_) in snapshot(folder).items()} == whole
 
 
-@pytest.mark.parametrize("first_line", ["site: mine", "# Written by hemafed-client import cq500", ""])
+@pytest.mark.parametrize("first_line", ["site: mine", "# Written by hemafed-sim import cq500", ""])
 def test_somebody_elses_hospital_is_refused(source: Path, tmp_path: Path, steps: Steps, first_line: str) -> None:
     path = tmp_path / "target" / "rsna-ich" / "site.yaml"
     path.parent.mkdir(parents=True)
