@@ -23,10 +23,10 @@ from server.evaluation.report import write_report
 from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.plausible import check_tally
 from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
-from server.federation.server_step import Moments
 from server.federation.strategy import RoundResult, repeat_round
 from server.storage.checkpoint import (
     CheckpointError,
+    Moments,
     checkpoints,
     load_checkpoint,
     save_checkpoint,

@@ -6,27 +6,13 @@ FedAdam keep moments from round to round, which a checkpoint holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
+from server.storage.checkpoint import Moments
 from shared.config import FederationSettings
 from shared.wire.records import Tensors
 
 ADAM_BETA_2, ADAM_TAU = 0.99, 1e-3  # Flower's defaults
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What a server optimiser remembers; empty before the first round, and always for FedAvg and FedProx.
-
-    Attributes:
-      first: tensor name -> momentum of FedAvgM, first moment of FedAdam; float32.
-      second: tensor name -> second moment of FedAdam; float32.
-    """
-
-    first: Tensors = field(default_factory=dict)
-    second: Tensors = field(default_factory=dict)
 
 
 def server_step(

@@ -18,7 +18,8 @@ from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.plausible import check_metrics, check_tally
 from server.federation.robust import combine, is_plain, update_norm
 from server.federation.roster import Late, Member, QuorumError, Session, content_of, gather, receive
-from server.federation.server_step import Moments, server_step
+from server.federation.server_step import server_step
+from server.storage.checkpoint import Moments
 from server.storage.run_folder import write_status
 from shared.config import FederationSettings
 from shared.metrics import Tally

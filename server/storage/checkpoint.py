@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from server.federation.server_step import Moments
 from shared.wire.records import Tensors
 
 KEPT = 2
@@ -30,6 +29,19 @@ _KINDS = ("optimiser.m.", "optimiser.v.")  # begin the names of first and second
 
 class CheckpointError(ValueError):
     """A checkpoint is missing or damaged; names the file and the next step."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a server optimiser remembers; empty before the first round, and always for FedAvg and FedProx.
+
+    Attributes:
+      first: tensor name -> momentum of FedAvgM, first moment of FedAdam; float32.
+      second: tensor name -> second moment of FedAdam; float32.
+    """
+
+    first: Tensors = field(default_factory=dict)
+    second: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 from client.training.round import Learner, build_learner, train_round, training_inputs
 from server.federation.aggregate import WeightedSum, adjust_weights, fold, mean
 from server.federation.robust import combine, is_plain
-from server.federation.server_step import Moments, server_step
-from server.storage.checkpoint import read_tensors, write_tensors
+from server.federation.server_step import server_step
+from server.storage.checkpoint import Moments, read_tensors, write_tensors
 from shared.config import FederationSettings, RunConfig
 from shared.model.batches import Batch, batches_in, read_batch
 from shared.model.losses import slice_losses

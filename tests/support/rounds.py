@@ -8,8 +8,8 @@ import numpy as np
 from flwr.app import Message
 
 from server.federation.roster import Session, gather
-from server.federation.server_step import Moments
 from server.federation.strategy import train_round
+from server.storage.checkpoint import Moments
 from shared.config import parse_config
 from shared.model.scoring import build_model
 from shared.wire.records import expected_shapes, from_record, to_arrays

@@ -8,7 +8,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 from flwr.supercore.task_identity import TaskIdentity
 
-from server.federation.server_step import Moments, server_step
+from server.federation.server_step import server_step
+from server.storage.checkpoint import Moments
 from shared.config import FederationSettings
 
 ROUNDS = 5

@@ -11,8 +11,8 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord
 from client.training.round import build_learner, training_inputs
 from client.training.round import train_round as train_locally
 from server.federation.roster import QuorumError, Session, gather
-from server.federation.server_step import Moments
 from server.federation.strategy import repeat_round, train_round
+from server.storage.checkpoint import Moments
 from shared.config import parse_config
 from shared.model.scoring import build_model
 from shared.refusals import TEXTS, Refusal

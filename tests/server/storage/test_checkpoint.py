@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.federation.server_step import Moments, server_step
+from server.federation.server_step import server_step
 from server.storage import run_folder as runs
-from server.storage.checkpoint import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from server.storage.checkpoint import CheckpointError, Moments, checkpoints, load_checkpoint, save_checkpoint
 from shared.config import FederationSettings
 
 ARRAYS = {"encoder.a": np.array([1.0, 2.0], np.float32), "encoder.b": np.array([[0.5]], np.float32)}
