@@ -13,7 +13,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
@@ -60,10 +60,11 @@ class ModelSettings:
     def windows(self) -> tuple[tuple[float, float], ...]:
         """The windows as (low, high) in HU."""
         try:
-            pairs = [tuple(float(edge) for edge in window.split(":")) for window in self.windows_hu.split(",")]
+            edges = [window.split(":") for window in self.windows_hu.split(",")]
+            pairs = [(float(low), float(high)) for low, high in edges]
         except ValueError:
             pairs = []
-        sound = all(len(pair) == 2 and -MOST_HU <= pair[0] < pair[1] <= MOST_HU for pair in pairs)
+        sound = all(-MOST_HU <= low < high <= MOST_HU for low, high in pairs)
         if not sound or not 1 <= len(pairs) <= MOST_WINDOWS:
             raise ConfigError(
                 f"model.windows_hu is {self.windows_hu[:60]!r}; expected 'low:high' in HU with low < high, up to {MOST_WINDOWS} "
@@ -276,10 +277,8 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
         values[key] = _checked(key, value, type(defaults[key]))
     merged = defaults | values
     sections = {
-        section.name: section.default_factory(
-            **{key.name: merged[f"{section.name}.{key.name}"] for key in fields(section.default_factory)}
-        )
-        for section in fields(RunConfig)
+        name: kind(**{key.name: merged[f"{name}.{key.name}"] for key in fields(kind)})
+        for name, kind in get_type_hints(RunConfig).items()
     }
     config = RunConfig(**sections)
     if config.run.id == "latest" or not (config.run.id == "" or is_name(config.run.id)):
@@ -315,11 +314,14 @@ def _checked(key: str, value: Any, expected: type) -> Scalar:
         raise ConfigError(f"{key} is {value!r}; expected a finite number")
     if key in _CHOICES and value not in _CHOICES[key]:
         raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(_CHOICES[key])}")
-    if key in _LEAST and not value >= _LEAST[key]:
-        raise ConfigError(f"{key} is {value!r}; expected at least {_LEAST[key]:g}")
-    most = _MOST.get(key, _MOST_NUMBER)
-    if not isinstance(value, str) and not value <= most:
+    if isinstance(value, str):
+        return value
+    number = cast(int | float, value)
+    least, most = _LEAST.get(key, -math.inf), _MOST.get(key, _MOST_NUMBER)
+    if not number >= least:
+        raise ConfigError(f"{key} is {value!r}; expected at least {least:g}")
+    if not number <= most:
         raise ConfigError(f"{key} is {value!r}; expected at most {most:g}")
-    if key in _ABOVE_ZERO and not value > 0:
+    if key in _ABOVE_ZERO and not number > 0:
         raise ConfigError(f"{key} is {value!r}; expected more than 0")
-    return value
+    return number

@@ -21,6 +21,8 @@ from sklearn.metrics import roc_curve
 LOGIT_LIMIT = 10.0
 BINS = 1000
 
+Counted = NDArray[np.int64] | NDArray[np.float64]  # whole slices, or fractions where a coarser count was spread
+
 
 class MetricsError(ValueError):
     """Counts that do not belong together."""
@@ -77,7 +79,7 @@ class Counts:
       patients: number of patients with a label or a mask.
     """
 
-    counts: NDArray[np.int64 | np.float64]
+    counts: Counted
     dice_sum: NDArray[np.float64]
     dice_slices: NDArray[np.int64]
     patients: int
@@ -160,8 +162,8 @@ def per_patient_counts(scores: Scores, bins: NDArray[np.int64], size: int) -> Pa
     np.add.at(labels, (owner[known], scores.label[known].astype(np.int64), bins[known]), 1)
     return PatientCounts(
         labels,
-        np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients)),
-        np.bincount(owner[masked], minlength=len(patients)),
+        np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients)).astype(np.float64),
+        np.bincount(owner[masked], minlength=len(patients)).astype(np.int64),
     )
 
 
@@ -186,14 +188,14 @@ def merge_counts(tallies: Iterable[Counts]) -> Counts:
             "the same evaluation.replicates at every site"
         )
     return Counts(
-        counts=sum(part.counts for part in parts),
-        dice_sum=sum(part.dice_sum for part in parts),
-        dice_slices=sum(part.dice_slices for part in parts),
+        counts=np.sum([part.counts for part in parts], axis=0),
+        dice_sum=np.sum([part.dice_sum for part in parts], axis=0),
+        dice_slices=np.sum([part.dice_slices for part in parts], axis=0),
         patients=sum(part.patients for part in parts),
     )
 
 
-def auc(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def auc(counts: Counted) -> NDArray[np.float64]:
     """Area under the ROC curve of each (..., 2, BINS) count: the probability that a positive scores higher.
 
     Equal to sklearn.metrics.roc_auc_score (ties within a bin count half; a test compares them), for all bootstrap
@@ -208,7 +210,7 @@ def auc(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         return (positive * lower).sum(-1) / (positive.sum(-1) * negative.sum(-1))
 
 
-def f1(counts: NDArray[np.int64], threshold_bin: int) -> NDArray[np.float64]:
+def f1(counts: Counted, threshold_bin: int) -> NDArray[np.float64]:
     """F1 of each (..., 2, BINS) count when bins from `threshold_bin` on are called positive.
 
     Equal to sklearn.metrics.f1_score. Returns float64 (...); NaN without a positive slice.
@@ -219,7 +221,7 @@ def f1(counts: NDArray[np.int64], threshold_bin: int) -> NDArray[np.float64]:
         return np.where(positives > 0, 2 * called[..., 1] / (called.sum(-1) + positives), np.nan)
 
 
-def best_threshold(counts: NDArray[np.int64]) -> int:
+def best_threshold(counts: Counted) -> int:
     """The bin from which on calling positive gives the best F1; the lowest of equals.
 
     To be used on validation slices of training hospitals, never on the slices that are then reported.
@@ -234,7 +236,7 @@ def best_threshold(counts: NDArray[np.int64]) -> int:
     return int(np.argmax(2 * true_positive / (called + counts[1].sum())))
 
 
-def roc_points(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def roc_points(counts: Counted) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """False and true positive rates of one (2, BINS) count, for a plot."""
     label, bins = np.nonzero(counts)
     false_positive, true_positive, _ = roc_curve(label, bins, sample_weight=counts[label, bins])

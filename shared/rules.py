@@ -36,6 +36,8 @@ class Bound:
             return value in self.choices
         if self.or_zero and value == 0:
             return True
+        if isinstance(value, str):
+            return self.low is None and self.high is None
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     def text(self) -> str:

@@ -124,4 +124,4 @@ def _spread_over(tally: Tally, tilt: float, rows: int) -> NDArray[np.float64]:
     power -= np.maximum.reduceat(power, tally.edges[:-1], axis=-1)[:, cell]
     share = np.exp(power)
     share /= np.add.reduceat(share, tally.edges[:-1], axis=-1)[:, cell]
-    return tally.counts[:rows, :, cell] * share
+    return tally.counts[:rows, :, cell].astype(np.float64) * share

@@ -52,10 +52,12 @@ class SmallHospitals:
     Attributes:
       root: their parent folder.
       files: site name -> site.yaml.
+      untouched: a copy of the parent folder from before any test; a test copies it.
     """
 
     root: Path
     files: dict[str, Path]
+    untouched: Path
 
     def site(self, name: str) -> Site:
         return read_site(self.files[name])
@@ -73,15 +75,17 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> SmallHospitals:
     for file in files:
         edit_site(file, policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 1})
         ingest(read_site(file))
-    return SmallHospitals(root, {file.parent.name: file for file in files})
+    untouched = tmp_path_factory.mktemp("untouched") / "hospitals"
+    shutil.copytree(root, untouched)
+    return SmallHospitals(root, {file.parent.name: file for file in files}, untouched)
 
 
 @pytest.fixture
 def copied_hospitals(hospitals: SmallHospitals, tmp_path: Path) -> SmallHospitals:
     """A copy of the hospitals that a test may change, as they were before anybody asked them."""
     root = tmp_path / "hospitals"
-    shutil.copytree(hospitals.root, root, ignore=shutil.ignore_patterns("state"))
-    return SmallHospitals(root, {name: root / name / "site.yaml" for name in hospitals.files})
+    shutil.copytree(hospitals.untouched, root)
+    return SmallHospitals(root, {name: root / name / "site.yaml" for name in hospitals.files}, hospitals.untouched)
 
 
 @pytest.fixture(scope="session")

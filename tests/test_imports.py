@@ -122,7 +122,10 @@ def test_a_hole_in_a_wall_is_seen() -> None:
     for module, other in holes:
         assert breaches({module: [other]}, ROOMS) == [f"{module} imports {other}"]
     assert breaches({"client.app": ["client.training.round", "shared.site"]}, ROOMS) == []
-    assert imports_of("def f():\n    from client.training import round\n") == {"client.training", "client.training.round"}
+    assert imports_of("def f():\n    from client.training import round\n") == {
+        "client.training",
+        "client.training.round",
+    }
     assert imports_of("import server.app as x, numpy\n") == {"server.app", "numpy"}
 
 

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -86,7 +87,7 @@ def _is_owned(process: psutil.Process, owner: Path) -> bool:
         return any(Path(argument).is_relative_to(owner) for argument in process.cmdline())
 
 
-def end_owned(owner: Path, children: Iterable[subprocess.Popen] = ()) -> None:
+def end_owned(owner: Path, children: Iterable[subprocess.Popen[Any]] = ()) -> None:
     """End what a daemon of this folder started, also where the daemon is gone.
 
     Args:

@@ -53,7 +53,7 @@ class Inputs:
       windows_hu: (low, high) per channel.
     """
 
-    hu: NDArray
+    hu: NDArray[np.float32] | NDArray[np.int16]
     mask: NDArray[np.uint8]
     place: NDArray[np.int64]
     label: NDArray[np.float32]
@@ -111,9 +111,11 @@ def make_batch(
     hu_BCYX = torch.from_numpy(inputs.hu[place].astype(np.float32, copy=False))
     mask_BCYX = torch.from_numpy(inputs.mask[place].astype(np.float32))
     if augmentation != "none":
+        if generator is None:
+            raise ValueError(f"train.augment = {augmentation!r} needs a generator to draw from")
         hu_BCYX, mask_BCYX = turn(hu_BCYX, mask_BCYX, generator)
-    if augmentation == "scanner":
-        hu_BCYX = rescan(hu_BCYX, generator)
+        if augmentation == "scanner":
+            hu_BCYX = rescan(hu_BCYX, generator)
     image = torch.cat([((hu_BCYX - low) / (high - low)).clamp(0, 1) for low, high in inputs.windows_hu], dim=1)
     return Batch(
         image=image,

@@ -53,6 +53,9 @@ class TaskBalance(nn.Module):
 
     def __init__(self, settings: LossSettings):
         super().__init__()
+        self.active: Tensor
+        self.fixed: Tensor
+        self.first: Tensor
         self.settings = settings
         weights = torch.tensor([settings.cls, settings.seg, settings.rec])
         self.register_buffer("active", weights > 0)

@@ -151,6 +151,9 @@ class BatchStatistics(nn.Module):
     nn.BatchNorm1d without its count of batches, an integer that no update could carry.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, features: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
@@ -207,7 +210,7 @@ class MultiTaskSwin(nn.Module):
             weight_init="jax",
         )
         # The norm after the embedding removes a patch's scale: without a bias two flat patches of other brightness are one.
-        nn.init.normal_(self.encoder.patch_embed.proj.bias, std=0.5)
+        nn.init.normal_(self.encoder.get_parameter("patch_embed.proj.bias"), std=0.5)
         self.cls = ClassificationHead(shape.channels * 8)
         self.seg = Decoder(shape, out_channels=1)
         self.rec = Decoder(shape, out_channels=in_channels)
@@ -223,7 +226,8 @@ class MultiTaskSwin(nn.Module):
 
     def last_shared(self) -> Tensor:
         """A weight of the last layer that all tasks share; where GradNorm compares their gradients."""
-        return self.encoder.layers[-1].blocks[-1].mlp.fc2.weight
+        last = len(self.shape.depths) - 1
+        return self.encoder.get_parameter(f"layers.{last}.blocks.{self.shape.depths[last] - 1}.mlp.fc2.weight")
 
     def encode(self, image_BCYX: Tensor) -> list[Tensor]:
         """The encoder's four stages, (B, Y, X, D) each, finest first, before the final norm."""

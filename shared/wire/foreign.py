@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from flwr.app import Array
@@ -46,7 +47,7 @@ def shown_names(names: Collection[object]) -> str:
     return "(" + ", ".join(first) + ("…)" if len(names) > len(first) else ")")
 
 
-def read_array(array: Array, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray:
+def read_array(array: Array, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
     """Read the array behind received bytes without numpy.load, which raises a dozen kinds of errors and unpacks archives.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -127,17 +127,14 @@ def read_metrics(content: RecordDict) -> dict[str, float]:
     strange = metrics.keys() - set(METRICS)
     if strange:
         raise UpdateError(f"{len(strange)} metrics of unknown names {shown_names(strange)}, expected some of {METRICS}")
-    wrong = [
-        key
-        for key, value in metrics.items()
-        if isinstance(value, list) or not np.isfinite(value) or abs(value) > LARGEST_METRIC
-    ]
-    if wrong:
+    single = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
+    good = {key: value for key, value in single.items() if np.isfinite(value) and abs(value) <= LARGEST_METRIC}
+    if wrong := metrics.keys() - good.keys():
         raise UpdateError(f"metrics {sorted(wrong)[:3]} are not finite numbers of at most {LARGEST_METRIC:g}")
-    return {str(key): float(value) for key, value in metrics.items()}
+    return good
 
 
-def _decoded(array: Array, what: str, dtype: type, shape: tuple[int, ...]) -> NDArray:
+def _decoded(array: Array, what: str, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return the array behind received bytes.
 
     Raises:
@@ -159,7 +156,7 @@ def shapes_of(arrays: Tensors) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in arrays.items()}
 
 
-def tally_to_arrays(tally: Tally) -> dict[str, NDArray]:
+def tally_to_arrays(tally: Tally) -> dict[str, NDArray[Any]]:
     """Counts as arrays, as they are sent and kept."""
     return {
         "edges": tally.edges.astype(np.int32),
@@ -171,14 +168,14 @@ def tally_to_arrays(tally: Tally) -> dict[str, NDArray]:
     }
 
 
-def tally_from_arrays(values: Mapping[str, NDArray], replicates: int) -> Tally:
+def tally_from_arrays(values: Mapping[str, NDArray[Any]], replicates: int) -> Tally:
     """Counts from arrays, checked against themselves.
 
     Raises:
       UpdateError: an array is missing, of another shape or dtype, not finite, or its values cannot be counts of one test.
     """
-    edges = values.get("edges")
-    expected = _tally_arrays(replicates, len(edges) - 1 if isinstance(edges, np.ndarray) and edges.ndim == 1 else 0)
+    edges = values.get("edges", np.zeros(0))
+    expected = _tally_arrays(replicates, len(edges) - 1 if edges.ndim == 1 else 0)
     _check_names(values, expected)
     for name, (dtype, shape) in expected.items():
         value = values[name]
@@ -229,7 +226,7 @@ def _check_names(values: Mapping[str, object], expected: Mapping[str, object]) -
         )
 
 
-def arrays_to_record(values: Mapping[str, NDArray]) -> ArrayRecord:
+def arrays_to_record(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Arrays of a tally as a Flower record; they leave the hospital."""
     return ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in values.items()})
 

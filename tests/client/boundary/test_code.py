@@ -111,14 +111,14 @@ def swap(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda root: flip_a_bit(root / "client" / "train.py"),
-        lambda root: flip_a_bit(root / "shared" / "wire.py"),
-        lambda root: (root / "client" / "train.py").open("a").write("\n"),
+        lambda root: flip_a_bit(root / "client/training/round.py"),
+        lambda root: flip_a_bit(root / "shared/wire/records.py"),
+        lambda root: (root / "client/training/round.py").open("a").write("\n"),
         lambda root: (root / "client" / "__init__.py").unlink(),
         lambda root: (root / "client" / "extra.py").touch(),
-        lambda root: (root / "shared" / "wire.py").rename(root / "shared" / "wires.py"),
-        lambda root: (root / "shared" / "wire.py").rename(root / "client" / "wire.py"),
-        lambda root: swap(root / "client" / "train.py", root / "client" / "policy.py"),
+        lambda root: (root / "shared/wire/records.py").rename(root / "shared/wire/record.py"),
+        lambda root: (root / "shared/wire/records.py").rename(root / "client/records.py"),
+        lambda root: swap(root / "client/training/round.py", root / "client/boundary/policy.py"),
     ],
     ids=["a bit", "a bit of shared", "a line's end", "removed", "added", "renamed", "moved", "swapped"],
 )
@@ -298,7 +298,7 @@ def test_what_is_installed_is_imported(loot: Path) -> None:
         loot.parent,
         ["client.boundary.audit", "client.masks.match", "yaml", "torch", "sqlite3", "xml.etree.ElementTree"],
     )
-    assert told["client.boundary.audit"] == str(ROOT / "client" / "audit.py")
+    assert told["client.boundary.audit"] == str(ROOT / "client/boundary/audit.py")
     assert not any("Error" in text for text in told.values())
 
 

@@ -34,7 +34,7 @@ ALWAYS = lambda: True  # noqa: E731
 @pytest.fixture(scope="module")
 def sender(hospitals: SmallHospitals, tmp_path_factory: pytest.TempPathFactory) -> Sender:
     root = tmp_path_factory.mktemp("sender")
-    shutil.copytree(hospitals.root / "hospital-01", root / "hospital-01", ignore=shutil.ignore_patterns("state"))
+    shutil.copytree(hospitals.untouched / "hospital-01", root / "hospital-01")
     config = small_config(train__epochs=30)
     return Sender(root, root / "hospital-01" / "site.yaml", "hospital-01", config)
 
