@@ -40,6 +40,7 @@ ROOMS = {
     "server.federation": ("shared", "shared.model", "shared.wire", "shared.host", "server.storage"),
     "server.evaluation": ("shared", "shared.model", "shared.wire", "shared.host", "server.storage"),
     "server.centre": ("shared", "shared.wire", "shared.host", "server.storage"),
+    "server.superlink": ("shared", "shared.wire", "shared.host", "server.storage", "server.centre"),
     "server": (
         "shared",
         "shared.model",

@@ -153,7 +153,7 @@ class Daemon:
                 sys.executable,
                 "-P",  # the working directory is Flower's, and no place for modules
                 "-m",
-                "server.centre.superlink",
+                "server.superlink.program",
                 str(centre.folder),
                 *tls,
                 *place,

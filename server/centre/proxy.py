@@ -7,7 +7,7 @@ everything else is answered with 404 here and never reaches Flower.
 A hospital presents the certificate that it sent with its request. It is self-signed: the list of all registered ones is the
 list of who may come in, and whoever presents none of them is turned away before a request's body is read. A body is kept
 on disk until it is whole, so that a slow one holds no worker of the SuperLink. Behind the door Flower checks a signature on
-each call, and server/centre/filter.py what the call is about.
+each call, and server/superlink/filter.py what the call is about.
 """
 
 from __future__ import annotations

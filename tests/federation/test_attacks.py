@@ -29,10 +29,10 @@ from flwr.supercore.superexec.executor import subprocess_executor
 
 from client.node.enrol import centre_context, read_known_centre
 from server.centre.config import CONNECTION
-from server.centre.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
 from server.centre.flower_commands import flwr
 from server.centre.proxy import CALLS_PER_S
 from server.centre.registry import revoke
+from server.superlink.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
 from shared.host.processes import owned
 from shared.site import read_site
 from tests.support.centres import wait_for

@@ -193,7 +193,7 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "importers"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    theirs = copy / "client" / "train.py"
+    theirs = copy / "client/training/round.py"
     theirs.write_text(theirs.read_text() + f"\nopen({str(ran)!r}, 'w').close()\n")
     # Flower's installer made a folder name of this, outside of its apps folder, and ran the code that it found there.
     project = (copy / "pyproject.toml").read_text()

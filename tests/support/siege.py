@@ -105,7 +105,7 @@ class Besieged:
     idle_mb: float = 0.0
 
     def superlink(self) -> psutil.Process:
-        return next(one for one in owned(self.centre.folder) if "server.centre.superlink" in one.cmdline())
+        return next(one for one in owned(self.centre.folder) if "server.superlink.program" in one.cmdline())
 
     def memory_mb(self) -> float:
         return self.superlink().memory_info().rss / 1e6

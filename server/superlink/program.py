@@ -1,8 +1,8 @@
-"""Flower's SuperLink with what it lacks in 1.41: `python -m server.centre.superlink CENTRE_FOLDER FLOWER_ARGUMENTS...`
+"""Flower's SuperLink with what it lacks in 1.41: `python -m server.superlink.program CENTRE_FOLDER FLOWER_ARGUMENTS...`
 
 - A hospital's call is authenticated before its body is read, by Flower's own signature in its headers; large bodies are
   read a few at a time.
-- A hospital sends replies of its own and nothing else (server/centre/filter.py).
+- A hospital sends replies of its own and nothing else (server/superlink/filter.py).
 - The operator's calls (Control), which Flower leaves open to every user of this machine, need a token of the centre.
 
 The hooks are names inside of Flower that another version may not have: a test names the version and looks at each.
@@ -33,10 +33,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from server.centre.config import Centre, read_centre
-from server.centre.filter import OBJECT, Ledger, Refusals, RefusedError
 from server.centre.flower_commands import operator_token
 from server.centre.proxy import LARGEST_KB
 from server.centre.registry import registered_nodes
+from server.superlink.filter import OBJECT, Ledger, Refusals, RefusedError
 
 FLEET = "/v1/fleet/"
 LARGE = 64 * 1024  # bytes of a body

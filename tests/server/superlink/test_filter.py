@@ -20,7 +20,7 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 
-from server.centre.filter import (
+from server.superlink.filter import (
     ARRAY,
     DESTINATION,
     MOST_INSTRUCTIONS,

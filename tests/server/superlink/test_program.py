@@ -15,13 +15,13 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from server.centre.proxy import FLEET_CALLS
-from server.centre.superlink import Operator
+from server.superlink.program import Operator
 
 PINNED = "1.41.0"
 
 
 def test_flower_is_the_version_whose_inside_was_read() -> None:
-    """With another, read server/centre/superlink.py's hooks again, then change this line."""
+    """With another, read server/superlink/program.py's hooks again, then change this line."""
     assert version("flwr") == PINNED
 
 

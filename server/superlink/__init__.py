@@ -1,0 +1,1 @@
+"""What hemafed adds inside the SuperLink: who may call it, and with what."""
