@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from server.centre.registry import registered_nodes
 from server.centre.signing import sign_as_centre
-from server.evaluation.evaluate import EvaluationError, fit_probe, summarise_run
+from server.evaluation.evaluate import EvaluationError, summarise_run
 from server.evaluation.report import write_report
-from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.heads import HEADS, ProbeError, final_heads, keeps_heads
 from server.federation.plausible import check_tally
+from server.federation.robust import longest_update
 from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
 from server.federation.strategy import RoundResult, repeat_round
 from server.storage.checkpoint import (
@@ -44,13 +44,12 @@ from server.storage.run_folder import (
     write_patiently,
     write_status,
 )
-from shared.config import ConfigError, FederationSettings, RunConfig, parse_config
+from shared.config import ConfigError, RunConfig, parse_config
 from shared.metrics import auc
 from shared.model.scoring import build_model
-from shared.model.swin import ModelError, MultiTaskSwin, load_pretrained
-from shared.rules import TENSOR_GROUPS
-from shared.site import SiteError, read_site
-from shared.slices import CacheError, read_cache
+from shared.model.swin import ModelError, load_pretrained
+from shared.site import SiteError
+from shared.slices import CacheError
 from shared.tally import spread
 from shared.wire.foreign import shown
 from shared.wire.records import (
@@ -68,9 +67,7 @@ from shared.wire.records import (
 
 app = ServerApp()
 
-HEADS = TENSOR_GROUPS[1:]
 MOST_ADAM_RATE = 0.1
-PROBE_WORDS = "federation.heads = 'probe' and federation.development_site, data of your own on which a head for classification is fitted"
 # What would end the same if it were tried again.
 FINAL = (
     QuorumError,
@@ -78,6 +75,7 @@ FINAL = (
     RunError,
     CheckpointError,
     EvaluationError,
+    ProbeError,
     UpdateError,
     ModelError,
     SiteError,
@@ -126,6 +124,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         say(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
     shared = groups_shared(settings.share)
     arrays = to_arrays(model.state_dict(), shared)
+    longest = longest_update(arrays)
     moments, first = Moments(), 1
     if config.run.resume and not checkpoints(run / "checkpoint"):
         say("resuming before the first checkpoint: beginning with round 1")
@@ -138,7 +137,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         moments = saved.moments
         say(f"resuming after round {saved.round_number}")
 
-    session = Session(grid, settings, run, registered=partial(registered_nodes, run.parent.parent))
+    session = Session(grid, settings, run, longest, registered=partial(registered_nodes, run.parent.parent))
     # Whether the run can end with a whole model is better known before hospitals train for days.
     members = gather(session, partial(keeps_heads, settings))
     for member in members:
@@ -168,63 +167,6 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     test_seen(grid, members, run, "final", config, arrays, heads)
     finish(run, members)
     say(f"done: {run / 'report.html'}")
-
-
-def keeps_heads(settings: FederationSettings, member: Member) -> str:
-    """Why a hospital cannot give what the final model needs as heads; empty if it can, or if none are needed."""
-    if settings.share == "all" or settings.heads == "probe" or member.release.issuperset(HEADS):
-        return ""
-    return (
-        f"its policy.release is {sorted(member.release)}, and federation.heads = {settings.heads!r} needs its heads at the end; ask it "
-        f"for {list(TENSOR_GROUPS)}, or use {PROBE_WORDS}"
-    )
-
-
-def final_heads(
-    grid: Grid, members: list[Member], config: RunConfig, run: str, arrays: Tensors, model: MultiTaskSwin
-) -> dict[str, Tensors]:
-    """What the global model uses as heads: name -> tensors; several make an ensemble.
-
-    Raises:
-      QuorumError: with average or ensemble, fewer hospitals than federation.quorum release their heads.
-    """
-    settings = config.federation
-    if settings.share == "all":
-        return {"average": {name: value for name, value in arrays.items() if not name.startswith("encoder.")}}
-    if settings.heads == "probe":
-        site = read_site(Path(settings.development_site))
-        if site.role == "held-out":
-            raise ConfigError(
-                f"federation.development_site {site.name!r} has role held-out; expected a site that no result comes from"
-            )
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()}, strict=False)
-        return {"probe": fit_probe(model, read_cache(site.cache), config)}
-    expected = expected_shapes(model.state_dict(), HEADS)
-    order = RecordDict({"config": ConfigRecord({"run": run, "groups": ",".join(HEADS)})})
-    messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
-    weights = {m.site: m.weight for m in members}
-    total, released, refused = WeightedSum({}), {}, {}
-    for site, reply in receive(grid, messages, settings.round_deadline_s):
-        try:
-            tensors = from_record(
-                part_of(content_of(reply, settings.round_deadline_s), "update", ArrayRecord), expected
-            )
-        except UpdateError as error:
-            refused[site] = str(error)
-            say(f"  {site}: no heads: {error}")
-            continue
-        if settings.heads == "ensemble":
-            released[site] = tensors
-        else:
-            total = fold(total, tensors, weights[site])
-    given = len(messages) - len(refused)
-    if given < settings.quorum:
-        reasons = "".join(f"\n  {site}: {why}" for site, why in refused.items())
-        raise QuorumError(
-            f"heads came from {given} hospitals, federation.quorum is {settings.quorum}; every round is kept: resume the run "
-            f"when they release them, or with {PROBE_WORDS}{reasons}"
-        )
-    return released if settings.heads == "ensemble" else {"average": mean(total)}
 
 
 def test_seen(

@@ -31,7 +31,7 @@ from server.centre.proxy import (
     write_certificates,
     write_proxy_config,
 )
-from server.centre.registry import read_sites, write_nodes
+from server.centre.registry import KnownSite, read_sites, write_nodes
 from server.centre.run_request import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
 from server.storage.run_folder import read_status, write_status
 from shared.host.files import bound_log
@@ -43,7 +43,7 @@ LOOK_S, ASK_FLOWER_S = 1.0, 15.0
 RESTART_PAUSE_S, LONGEST_RESTART_S, RETRY_S = 2.0, 60.0, 10.0
 STEADY_S = 120.0  # a centre that served that long did not fail at its start
 NGINX_START_S = 5.0
-MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses up to LONGEST_PAUSE_S more than two hours
+MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses more than two hours
 LONGEST_PAUSE_S = 300.0
 LARGEST_LOG = 50_000_000  # bytes; as much again is kept of the lines before
 RESTARTED = "the server was restarted"
@@ -88,15 +88,14 @@ class Daemon:
             started = time.monotonic()
             try:
                 self._serve()
-            except (CentreError, OSError) as error:  # OSError: a full disk, say; it may be mended meanwhile
+            except (CentreError, OSError) as error:  # OSError: a full disk, say
                 self._say(str(error))
                 write_trouble(self._centre, str(error))
             finally:
                 self._end_all()
             if not self._stopping.is_set():
-                pause_s = (
-                    RESTART_PAUSE_S if time.monotonic() - started > STEADY_S else min(2 * pause_s, LONGEST_RESTART_S)
-                )
+                steady = time.monotonic() - started > STEADY_S
+                pause_s = RESTART_PAUSE_S if steady else min(2 * pause_s, LONGEST_RESTART_S)
                 self._say(f"starting again in {pause_s:g} s")
                 self._stopping.wait(pause_s)
         write_trouble(self._centre, "")
@@ -169,17 +168,15 @@ class Daemon:
     def _start_proxy(self) -> None:
         """nginx, which hospitals reach."""
         config = write_proxy_config(self._centre, read_sites(self._centre))
-        checked = subprocess.run(
-            [find_nginx(), "-t", "-q", "-c", str(config)], capture_output=True, text=True, check=False
-        )
+        test = [find_nginx(), "-t", "-q", "-c", str(config)]
+        checked = subprocess.run(test, capture_output=True, text=True, check=False)
         if checked.returncode:
             raise CentreError(f"nginx cannot start: {checked.stderr.strip()[-500:]}")
         check_port_is_free(self._centre.listen, self._centre.port, "port")
         self._start("nginx", [find_nginx(), "-c", str(config)])
         end = time.monotonic() + NGINX_START_S
-        while time.monotonic() < end and not is_listening(self._centre):
-            if self._processes["nginx"].poll() is not None or self._stopping.wait(0.1):
-                break
+        while time.monotonic() < end and not is_listening(self._centre) and self._processes["nginx"].poll() is None:
+            self._stopping.wait(0.1)
         if self._processes["nginx"].poll() is not None:
             raise CentreError(f"nginx ended: {self._last_line('nginx')}; its log is {self._log('nginx')}")
 
@@ -214,38 +211,61 @@ class Daemon:
                 return
             time.sleep(0.2)
         if not self._stopping.is_set():
-            raise CentreError(
-                f"the SuperLink did not come up: {self._last_line('superlink')}; its log is {self._log('superlink')}"
-            )
+            last = self._last_line("superlink")
+            raise CentreError(f"the SuperLink did not come up: {last}; its log is {self._log('superlink')}")
 
     def _sync_sites(self) -> None:
-        """Make Flower know exactly the keys of registered sites."""
-        sites = read_sites(self._centre)
+        """Make the door and Flower know exactly the registered sites.
+
+        The door turns a revoked site away first, whatever becomes of the calls to Flower, and lets a new one in last.
+
+        Raises:
+          CentreError: Flower did not do what it was asked for some sites; what could be done for the others is done.
+        """
+        sites, faults = read_sites(self._centre), []
         keys = {name: site.public_key for name, site in sites.items() if site.status == "registered"}
-        for name, (key, node) in list(self._registered.items()):
-            if keys.get(name) != key:
-                flwr(self._centre, "supernode", "unregister", node, CONNECTION)
-                del self._registered[name]
-                self._tell_nodes()
-                self._say(f"site {name} is no longer admitted")
-        for name, key in keys.items():
-            if name not in self._registered:
-                path = self._centre.state / "key.pub"
-                path.write_text(key + "\n")
-                told = flwr(self._centre, "supernode", "register", str(path), CONNECTION, "--name", name)
-                self._registered[name] = (key, str(told["node-id"]))
-                self._tell_nodes()
-                self._say(f"site {name} is admitted as node {told['node-id']}")
-                if not sites[name].certificate:
-                    self._say(
-                        f"site {name} has no certificate, and the door turns it away: revoke it and invite it again"
-                    )
+        self._sync_door(sites, keys)
+        for change in (self._forget, self._admit):
+            for name in sorted(self._registered.keys() | keys.keys()):
+                try:
+                    change(name, sites.get(name), keys.get(name))
+                except (CentreError, OSError) as error:
+                    faults.append(f"site {name}: {error}")
+        self._sync_door(sites, keys)
+        if faults:
+            raise CentreError("; ".join(faults))
+
+    def _sync_door(self, sites: dict[str, KnownSite], keys: dict[str, str]) -> None:
+        """Let the sites in whose keys Flower knows, and no others."""
+        known = {name for name, (key, _) in self._registered.items() if keys.get(name) == key}
+        sites = {name: site for name, site in sites.items() if site.status == "revoked" or name in known}
         if write_certificates(self._centre, sites) and "nginx" in self._processes:
             # nginx ends idle connections at once: a revoked hospital keeps none.
             self._processes["nginx"].send_signal(signal.SIGHUP)
 
+    def _forget(self, name: str, site: KnownSite | None, key: str | None) -> None:
+        """Make Flower forget a site that has another key now, or none."""
+        if name in self._registered and self._registered[name][0] != key:
+            flwr(self._centre, "supernode", "unregister", self._registered[name][1], CONNECTION)
+            del self._registered[name]
+            self._tell_nodes()
+            self._say(f"site {name} is no longer admitted")
+
+    def _admit(self, name: str, site: KnownSite | None, key: str | None) -> None:
+        """Make Flower know a site's key."""
+        if site is None or key is None or name in self._registered:
+            return
+        path = self._centre.state / "key.pub"
+        path.write_text(key + "\n")
+        told = flwr(self._centre, "supernode", "register", str(path), CONNECTION, "--name", name)
+        self._registered[name] = (key, str(told["node-id"]))
+        self._tell_nodes()
+        self._say(f"site {name} is admitted as node {told['node-id']}")
+        if not site.certificate:
+            self._say(f"site {name} has no certificate, and the door turns it away: revoke it and invite it again")
+
     def _tell_nodes(self) -> None:
-        """Say in state/nodes.json which of Flower's nodes is which site: Flower's own list has no names."""
+        """Say in state/nodes.json which node is which site."""
         write_nodes(self._centre, {name: node for name, (_, node) in self._registered.items()})
 
     def _sync_run(self) -> None:

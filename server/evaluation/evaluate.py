@@ -14,10 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from server.evaluation.examples import draw_examples
 from server.storage.checkpoint import load_checkpoint, read_tensors
@@ -32,15 +28,12 @@ from server.storage.run_folder import (
 )
 from shared.config import RunConfig
 from shared.metrics import Counts, MetricsError, Tally, best_threshold, summarise
-from shared.model.batches import read_batch
 from shared.model.scoring import best_device, build_model, score_slices
-from shared.model.swin import MultiTaskSwin, autocast
+from shared.model.swin import MultiTaskSwin
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from shared.tally import pooled, spread, tally_scores
 from shared.wire.records import group
-
-PROBE_BATCH = 32
 
 
 class EvaluationError(ValueError):
@@ -192,41 +185,6 @@ def check_unseen(run: Path, hash_of: Callable[[str], str]) -> None:
         )
     for stage in STAGES if sites["final"] else ():
         load_tallies(run, stage, "unseen", hash_of(stage))
-
-
-def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:
-    """A linear classification head fitted on a development site, for federation.heads = "probe".
-
-    Logistic regression on the pooled last stage, standardised by the head's own norm.
-
-    Returns:
-      Tensors cls.weight (1, D), cls.bias (1,), cls.norm.running_mean and cls.norm.running_var (D,).
-    Raises:
-      EvaluationError: the development site's labels are all alike.
-    """
-    rows = cache.rows()[~np.isnan(cache.label)]
-    labels = cache.label[rows].astype(int)
-    if len(np.unique(labels)) < 2:
-        raise EvaluationError(
-            "the development site's labels are all alike; expected slices with and without the marker"
-        )
-    features = []
-    model.eval()
-    device = next(model.parameters()).device
-    with torch.no_grad(), autocast(config.train.precision, device):
-        for start in range(0, len(rows), PROBE_BATCH):
-            batch = read_batch(cache, rows[start : start + PROBE_BATCH], config.model.windows(), model.shape.image_size)
-            features.append(model.pool(model.encode(batch.image.to(device))).float().cpu().numpy())
-    scaler, regression = StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)
-    make_pipeline(scaler, regression).fit(np.concatenate(features), labels)
-    spread = np.sqrt(scaler.scale_**2 + model.cls.norm.eps)  # what the head's norm will divide by
-    head = {
-        "cls.weight": regression.coef_ * spread / scaler.scale_,
-        "cls.bias": regression.intercept_,
-        "cls.norm.running_mean": scaler.mean_,
-        "cls.norm.running_var": scaler.scale_**2,
-    }
-    return {name: value.astype(np.float32) for name, value in head.items()}
 
 
 def summarise_run(run: Path) -> None:

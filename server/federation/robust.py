@@ -18,6 +18,9 @@ from shared.config import FederationSettings
 from shared.wire.records import Tensors
 
 _LEAST_NORM = 1e-12
+# An update may be this many times as long as the run's initial tensors, whatever the rule. Measured of honest rounds of 28
+# steps: 0.10 at the default rates, 0.87 at the highest that hospitals accept; there weight decay ends the growth near 12.
+LONGEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ def update_norm(update: Tensors, start: Tensors) -> float:
         if ".running_" not in name
     )
     return float(np.sqrt(sum(squares)))
+
+
+def longest_update(initial: Tensors) -> float:
+    """Length beyond which an update is refused: LONGEST times that of the tensors that the run began with.
+
+    Relative to the start of the run and not of the round: else one hospital could double the tensors in each round, until
+    they are beyond what any hospital takes.
+    """
+    return LONGEST * update_norm(initial, {name: np.zeros_like(value) for name, value in initial.items()})
 
 
 def combine(

@@ -163,12 +163,14 @@ class Session:
       settings: the run config's federation section.
       run: the run's folder, where it is said how it stands.
       roster: who is known; changes.
+      longest: length of an update beyond which it is refused.
       registered: node -> the site that the centre registered it as; of none in a simulation, whose nodes have no keys.
     """
 
     grid: Grid
     settings: FederationSettings
     run: Path
+    longest: float
     roster: Roster = field(default_factory=Roster)
     registered: Callable[[], Mapping[int, str]] = dict
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from server.storage.checkpoint import Moments
 from shared.config import FederationSettings
-from shared.wire.records import Tensors
+from shared.wire.records import LARGEST_VALUE, Tensors
 
 ADAM_BETA_2, ADAM_TAU = 0.99, 1e-3  # Flower's defaults
 
@@ -37,9 +37,11 @@ def server_step(
         stepped, moments = _adam_step(settings, moments, round_number, arrays, average)
     else:
         stepped = average
-    # Running statistics are averaged, never stepped: a server optimiser could make a variance negative.
+    # Running statistics are averaged, never stepped: a server optimiser could make a variance negative. Momentum adds up over
+    # rounds: a value beyond what hospitals take would end the run for all of them.
     new = {name: average[name] if ".running_" in name else value for name, value in stepped.items()}
-    return {name: np.asarray(value, dtype=np.float32) for name, value in new.items()}, moments
+    bound = LARGEST_VALUE
+    return {name: np.clip(value, -bound, bound).astype(np.float32) for name, value in new.items()}, moments
 
 
 def _momentum_step(

@@ -136,7 +136,10 @@ def train_round(
         try:
             content = _content_from(reply, name, settings)
             update = from_record(part_of(content, "update", ArrayRecord), expected)
-            sites[name] = _site_round(content, weights[name], update_norm(update, arrays), counts[name])
+            norm = update_norm(update, arrays)
+            if norm > session.longest:
+                raise UpdateError(f"an update of length {norm:.3g}, expected at most {session.longest:.3g}")
+            sites[name] = _site_round(content, weights[name], norm, counts[name])
         except UpdateError as error:
             refused[name] = str(error)
             continue

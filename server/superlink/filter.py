@@ -3,43 +3,38 @@
 Flower 1.41 checks that a caller has a node's key. It does not compare the source of a message with the caller, so a
 registered node could instruct another in the centre's name, and it stores objects that no instruction asked for. The
 ledger here sees each node's calls after Flower has authenticated them: it remembers which instructions went to which node,
-takes one reply to each from that node, and only the objects of that reply, up to a number of bytes.
+takes one reply to each from that node, and only the objects of that reply, up to a number of bytes once it is put together.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flwr.app import Array
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
-from flwr.supercore.inflatable.inflatable_object import get_object_body
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+
+from server.superlink.objects import Place, RefusedError, cost_of, objects_of, places_of
 
 MOST_INSTRUCTIONS = 64  # that are remembered of one node; a run has one or two open at a time
-MOST_OBJECTS = 20_000  # of one reply
-MOST_REPEATED = 2_000  # places in its list at which an object stands again
-LARGEST_PIECE = 8_192 * 1024  # bytes; the door lets no larger object in
 LONGEST_TEXT = 256  # characters of each name in a reply's metadata
 LONGEST_RUNTIME_S = 30 * 86400.0
 SOURCE = "sends a message in another's name"
 DESTINATION = "sends a message to a node; only the centre instructs"
 SHAPE = "sends a message that is no single reply with its list of objects"
-ARRAY = "sends an array whose list of pieces cannot be read"
 UNASKED = "answers an instruction that it was not sent"
 TWICE = "answers an instruction a second time, with another reply"
 OBJECT = "sends an object that no reply of its own announced"
+HASH = "sends other bytes than the object that its reply announced"
 TOO_LARGE = "sends more bytes than a reply may have (largest_reply_mb in centre.toml)"
 PULL = "asks for an object that it was not sent"
 
-
-class RefusedError(Exception):
-    """A call that its node may not make; the text is one of the reasons above."""
+Stored = Callable[[str], bytes | None]
 
 
 @dataclass
@@ -49,20 +44,24 @@ class Instruction:
     Attributes:
       run: number of its run.
       objects: of the instruction, which the node may pull.
+      announced: places and bytes left of the reply that was checked last, until Flower has taken it.
       reply: id of the reply; empty until it came.
       session: Flower's, in which the reply's objects are pushed.
       pending: the reply's objects that are still to come.
-      uses: how often each object stands in the reply; the run's process puts it together as often.
+      charged: those of them that another reply brought, and that have counted here.
+      places: where each of the reply's objects stands, as it was announced.
       left: bytes that the reply may still have, once it is put together.
     """
 
     run: int
     objects: frozenset[str]
     left: int
+    announced: tuple[dict[str, Place], int] | None = None
     reply: str = ""
     session: str = ""
     pending: set[str] = field(default_factory=set)
-    uses: Counter[str] = field(default_factory=Counter)
+    charged: set[str] = field(default_factory=set)
+    places: dict[str, Place] = field(default_factory=dict)
 
 
 class Ledger:
@@ -87,14 +86,21 @@ class Ledger:
             while len(known) > MOST_INSTRUCTIONS:
                 known.popitem(last=False)
 
-    def check_reply(self, request: PushMessagesRequest) -> None:
+    def check_reply(self, request: PushMessagesRequest, stored: Stored = lambda _: None) -> None:
         """Refuse a message that is not the one reply to an instruction of its node.
+
+        Args:
+          request: the call.
+          stored: content of an object that Flower has already, from any message; empty or None if it has not. Flower asks
+            nobody for those again, but the run's process puts them together like the others.
 
         Raises:
           RefusedError: with its reason.
         """
         if (fault := _fault(request)) is not None:
             raise RefusedError(fault)
+        if (places := places_of(request.message_object_trees[0])) is None:
+            raise RefusedError(SHAPE)
         metadata = request.messages_list[0].metadata
         with self._lock:
             instruction = self._nodes.get(request.node.node_id, {}).get(metadata.reply_to_message_id)
@@ -102,20 +108,26 @@ class Ledger:
                 raise RefusedError(UNASKED)
             if instruction.reply not in ("", metadata.message_id):
                 raise RefusedError(TWICE)
-            if request.ByteSize() > instruction.left:
+            if instruction.reply:  # announced again; what it costs has counted
+                return
+            left = instruction.left - request.ByteSize()
+            for number, place in places.items():
+                if left >= 0 and (content := stored(number)):
+                    left -= cost_of(content, place)
+            if left < 0:
                 raise RefusedError(TOO_LARGE)
+            instruction.announced = places, left
 
     def replied(self, request: PushMessagesRequest, response: PushMessagesResponse) -> None:
         """Remember a reply that Flower has taken, and the objects that it still wants of it."""
         metadata = request.messages_list[0].metadata
         with self._lock:
             instruction = self._nodes[request.node.node_id].get(metadata.reply_to_message_id)
-            if instruction is not None:
+            if instruction is not None and instruction.announced is not None:
                 instruction.reply = metadata.message_id
-                instruction.left -= request.ByteSize()
+                instruction.places, instruction.left = instruction.announced
                 instruction.session = response.session_id
                 instruction.pending = set(response.objects_to_push)
-                instruction.uses = Counter(objects_of(request.message_object_trees[0]))
 
     def repeated(self, request: PushMessagesRequest) -> PushMessagesResponse | None:
         """Return the answer to a reply that is announced again, since its node did not get the first; None for a new one.
@@ -138,24 +150,35 @@ class Ledger:
         with self._lock:
             return any(one.pending for one in self._nodes.get(node, {}).values())
 
-    def check_object(self, request: PushObjectRequest) -> None:
+    def check_object(self, request: PushObjectRequest) -> list[str]:
         """Refuse an object that its node's replies did not announce, or that makes a reply too large.
+
+        Returns:
+          Other replies that wait for the same object and are too large with it: they must not become whole.
 
         Raises:
           RefusedError: with its reason.
         """
-        again = repeated_pieces(request.object_content)
+        number, content = request.object_id, request.object_content
         with self._lock:
             for one in self._nodes.get(request.node.node_id, {}).values():
-                if (request.session_id, request.run_id) == (one.session, one.run) and request.object_id in one.pending:
+                if (request.session_id, request.run_id) == (one.session, one.run) and number in one.pending:
                     break
             else:
                 raise RefusedError(OBJECT)
-            # A piece of a few bytes that stands in an array a million times is a million pieces.
-            size = len(request.object_content) * one.uses[request.object_id] + again * LARGEST_PIECE
+            if number in one.charged:  # it came with another reply
+                return []
+            size = cost_of(content, one.places[number])
             if size > one.left:
                 raise RefusedError(TOO_LARGE)
+            if get_object_id(content) != number:
+                raise RefusedError(HASH)
             one.left -= size
+            return [other.reply for other in self._waiting_for(number) if other is not one and _exceeds(other, request)]
+
+    def _waiting_for(self, number: str) -> list[Instruction]:
+        """Instructions to any node whose reply waits for an object."""
+        return [one for known in self._nodes.values() for one in known.values() if number in one.pending]
 
     def stored(self, request: PushObjectRequest) -> None:
         """Remember that Flower has stored an object."""
@@ -189,9 +212,6 @@ def _fault(request: PushMessagesRequest) -> str | None:
     texts = (metadata.message_id, metadata.reply_to_message_id, metadata.group_id, metadata.message_type)
     if metadata.message_id != tree.object_id or max(map(len, texts)) > LONGEST_TEXT:
         return SHAPE
-    objects = list(objects_of(tree))
-    if len(objects) > MOST_OBJECTS or len(objects) - len(set(objects)) > MOST_REPEATED:
-        return SHAPE
     if len(request.clientapp_runtime_list) > 1:
         return SHAPE
     times = (metadata.ttl, metadata.created_at, *request.clientapp_runtime_list)
@@ -202,31 +222,17 @@ def _fault(request: PushMessagesRequest) -> str | None:
     return None
 
 
-def objects_of(tree: ObjectTree) -> Iterator[str]:
-    """Yield the id of a message's object and of all objects below it."""
-    waiting = [tree]
-    while waiting:
-        one = waiting.pop()
-        yield one.object_id
-        waiting.extend(one.children)
-
-
-def repeated_pieces(content: bytes) -> int:
-    """Return how many of an array's pieces are there already, as an earlier piece of the same array; 0 for other objects.
-
-    Raises:
-      RefusedError: the array's list of pieces is none.
-    """
-    if not content.startswith(b"Array "):
-        return 0
+def _exceeds(instruction: Instruction, request: PushObjectRequest) -> bool:
+    """Count an object that another reply brought, where it has not counted; return whether the reply is too large with it."""
+    number = request.object_id
+    if number in instruction.charged:
+        return False
+    instruction.charged.add(number)
     try:
-        told = json.loads(get_object_body(content, Array))
-        pieces = told["arraychunk_ids"]
-        if not all(type(place) is int and place >= 0 for place in pieces):
-            raise RefusedError(ARRAY)
-        return len(pieces) - len(set(pieces))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RefusedError(ARRAY) from error
+        instruction.left -= cost_of(request.object_content, instruction.places[number])
+    except RefusedError:
+        instruction.left = -1
+    return instruction.left < 0
 
 
 class Refusals:

@@ -3,7 +3,8 @@
 - A hospital's call is authenticated before its body is read, by Flower's own signature in its headers; large bodies are
   read a few at a time.
 - A hospital sends replies of its own and nothing else (server/superlink/filter.py).
-- The operator's calls (Control), which Flower leaves open to every user of this machine, need a token of the centre.
+- The operator's calls (Control), which Flower leaves open to every user of this machine, need a token of the centre, and no
+  call's body is read before its head shows whose it is (server/superlink/local_calls.py).
 
 The hooks are names inside of Flower that another version may not have: a test names the version and looks at each.
 """
@@ -14,6 +15,7 @@ import asyncio
 import hmac
 import importlib
 import sys
+import threading
 from base64 import b64decode
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -36,7 +38,9 @@ from server.centre.config import Centre, read_centre
 from server.centre.flower_commands import operator_token
 from server.centre.proxy import LARGEST_KB
 from server.centre.registry import registered_nodes
-from server.superlink.filter import OBJECT, Ledger, Refusals, RefusedError
+from server.superlink.filter import OBJECT, Ledger, Refusals
+from server.superlink.local_calls import refusal_of
+from server.superlink.objects import RefusedError
 
 FLEET = "/v1/fleet/"
 LARGE = 64 * 1024  # bytes of a body
@@ -68,19 +72,28 @@ class Operator(NoOpControlAuthnPlugin):
 
 
 class Gate:
-    """ASGI middleware, the outermost: answers a hospital's call before its body is read, where it can."""
+    """ASGI middleware, the outermost: answers a call before its body is read, where it can."""
 
-    def __init__(self, app: Callable, ledger: Ledger, refusals: Refusals):
-        self._app, self._ledger, self._refusals = app, ledger, refusals
+    def __init__(self, app: Callable, ledger: Ledger, refusals: Refusals, operator: str):
+        self._app, self._ledger, self._refusals, self._operator = app, ledger, refusals, operator
         self._large = asyncio.Semaphore(MOST_LARGE)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Let a call through to Flower, or answer it."""
-        if scope["type"] != "http" or not scope["path"].startswith(FLEET):
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
+        if scope["type"] != "http":  # Flower has no web sockets
+            return await send({"type": "websocket.close"})
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        flower = scope["app"].state
+        state = flower.linkstate_factory.state
+        if not scope["path"].startswith(FLEET):
+            given = (scope["path"], headers, self._operator, flower.superexec_auth_secret, state)
+            refusal = await run_in_threadpool(refusal_of, *given)
+            app = self._app if refusal is None else _answer(*refusal)
+            return await app(scope, receive, send)
         call = scope["path"].removeprefix(FLEET)
-        node = await run_in_threadpool(_caller, scope["app"].state.linkstate_factory.state, headers)
+        node = await run_in_threadpool(_caller, state, headers)
         if node is None or (node == 0 and call != "activate-node"):  # Flower itself tells an unknown node what it is
             return await _answer(401, "Invalid SuperNode authentication")(scope, receive, send)
         length = headers.get("content-length", "")
@@ -119,8 +132,10 @@ def _caller(state: Callable[[], Any], headers: dict[str, str]) -> int | None:
     return state().get_node_id_by_public_key(public_key) or 0
 
 
-def install(ledger: Ledger, refusals: Refusals) -> None:
+def install(ledger: Ledger, refusals: Refusals, operator: str) -> None:
     """Put the ledger around Flower's handlers of hospitals' calls, and the gate around its app."""
+    # What a reply costs depends on which objects are stored: nothing is stored between its check and its announcement.
+    storing = threading.RLock()
 
     def checked(
         name: str,
@@ -132,7 +147,7 @@ def install(ledger: Ledger, refusals: Refusals) -> None:
 
         def handle(request: Any, **rest: Any) -> Any:
             try:
-                check(request)
+                check(request, **rest)
             except RefusedError as error:
                 refusals.count(request.node.node_id, str(error))
                 raise HTTPException(403, str(error)) from error
@@ -142,22 +157,33 @@ def install(ledger: Ledger, refusals: Refusals) -> None:
             done(request, response)
             return response
 
-        setattr(fleet_handlers, name, handle)
+        def handle_alone(request: Any, **rest: Any) -> Any:
+            with storing:
+                return handle(request, **rest)
+
+        setattr(fleet_handlers, name, handle_alone if name.startswith("push_") else handle)
 
     def stored(request: Any, response: Any) -> None:
         if response.stored:
             ledger.stored(request)
 
-    checked("pull_messages", lambda request: None, lambda request, answer: ledger.sent(request.node.node_id, answer))
-    checked("push_messages", ledger.check_reply, ledger.replied, ledger.repeated)
-    checked("push_object", ledger.check_object, stored)
-    checked("pull_object", ledger.check_pull)
-    checked("confirm_message_received", ledger.check_confirmation)
+    def check_reply(request: Any, state: Any) -> None:
+        ledger.check_reply(request, state.object_store.get)
+
+    def check_object(request: Any, state: Any) -> None:
+        for reply in ledger.check_object(request):
+            state.object_store.delete(reply)  # the run gets an error in its place
+
+    checked("pull_messages", lambda *_, **__: None, lambda request, answer: ledger.sent(request.node.node_id, answer))
+    checked("push_messages", check_reply, ledger.replied, ledger.repeated)
+    checked("push_object", check_object, stored)
+    checked("pull_object", lambda request, **_: ledger.check_pull(request))
+    checked("confirm_message_received", lambda request, **_: ledger.check_confirmation(request))
     create = superlink_main.create_app
 
     def create_app(*arguments: Any, **keywords: Any) -> Any:
         app = create(*arguments, **keywords)
-        app.add_middleware(Gate, ledger=ledger, refusals=refusals)
+        app.add_middleware(Gate, ledger=ledger, refusals=refusals, operator=operator)
         return app
 
     superlink_main.create_app = create_app
@@ -169,7 +195,8 @@ def serve(centre: Centre) -> None:
     def site_of(node: int) -> str:
         return registered_nodes(centre.folder).get(node, f"node {node}")
 
-    install(Ledger(centre.largest_reply_mb * 1_000_000), Refusals(lambda line: print(line, flush=True), site_of))
+    ledger = Ledger(centre.largest_reply_mb * 1_000_000)
+    install(ledger, Refusals(lambda line: print(line, flush=True), site_of), operator_token(centre))
     program = importlib.import_module("flwr.superlink.cli.flower_superlink")
     config = program._parse_superlink_lifespan_config()
     config.authn_plugin = Operator(operator_token(centre))

@@ -30,6 +30,8 @@ UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeEr
 METRICS = ("patients", "slices", "positives", "steps", "cls", "seg", "rec", "total", "seconds")
 LARGEST_METRIC = 1e12
 LARGEST_VALUE = 1e8  # of a tensor; beyond it squares and steps of a server optimiser are not finite in float32
+# Of a running mean or variance. Those of an honest head are of the size of its features: 0.001 to 100.
+LARGEST_STATISTIC = 1e6
 
 # The head for classification that a centre fits on data of its own (federation.heads = "probe").
 PROBE = ("cls.bias", "cls.norm.running_mean", "cls.norm.running_var", "cls.weight")
@@ -78,7 +80,7 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
       expected: name -> shape of every tensor that must be there, and no other.
     Raises:
       UpdateError: a group is missing, unexpected, of another size or dtype, or a tensor has a value that is not finite or
-        beyond LARGEST_VALUE.
+        beyond LARGEST_VALUE, or a running statistic that no features have: a negative variance, one beyond LARGEST_STATISTIC.
     """
     sizes: dict[str, int] = {}
     for name, shape in expected.items():
@@ -99,8 +101,19 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
             if bad := np.count_nonzero(~np.isfinite(value)):
                 raise UpdateError(f"tensor {name}: {bad} values are not finite")
             raise UpdateError(f"tensor {name}: values beyond {LARGEST_VALUE:g}")
+        _check_statistic(name, value)
         arrays[name] = value
     return arrays
+
+
+def _check_statistic(name: str, value: NDArray[np.float32]) -> None:
+    """Refuse a running mean or variance that no features have: the root of a negative variance is NaN."""
+    if ".running_" not in name:
+        return
+    if name.endswith(".running_var") and (value < 0).any():
+        raise UpdateError(f"tensor {name}: a negative variance")
+    if (np.abs(value) > LARGEST_STATISTIC).any():
+        raise UpdateError(f"tensor {name}: values beyond {LARGEST_STATISTIC:g}")
 
 
 def part_of(content: RecordDict, name: str, kind: type[Record]) -> Record:

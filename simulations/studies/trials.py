@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.evaluation.evaluate import fit_probe
+from server.federation.heads import fit_probe
 from shared.config import RunConfig, parse_config
 from shared.metrics import Scores
 from shared.model.batches import Batch, read_batch

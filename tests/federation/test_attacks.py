@@ -33,6 +33,7 @@ from server.centre.flower_commands import flwr
 from server.centre.proxy import CALLS_PER_S
 from server.centre.registry import revoke
 from server.superlink.filter import DESTINATION, OBJECT, PULL, SOURCE, TOO_LARGE, TWICE, UNASKED
+from server.superlink.local_calls import LOGIN_CALLS
 from shared.host.processes import owned
 from shared.site import read_site
 from tests.support.centres import wait_for
@@ -193,7 +194,37 @@ def test_another_user_of_the_machine_does_not_command_the_superlink(besieged: Be
     """Before: whoever reached the port on loopback started any code as the centre."""
     assert called(besieged, path).status_code == 401
     assert called(besieged, path, "none").status_code == 401
-    assert called(besieged, "control/refresh-auth-tokens").status_code >= 400
+
+
+@pytest.mark.parametrize("path", [*(f"control/{call}" for call in sorted(LOGIN_CALLS)), "other", "controls"])
+def test_what_the_centre_does_not_use_is_not_there(besieged: Besieged, path: str) -> None:
+    assert called(besieged, path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runtime/push-object",
+        "runtime/acquire-task",
+        "runtime/responses",
+        "control/list-runs",
+        "control/get-login-details",
+        "no",
+    ],
+)
+def test_another_user_of_the_machine_cannot_fill_the_superlinks_memory(besieged: Besieged, path: str) -> None:
+    """Before: bodies of 400 MB without any token, unfinished, brought it to 1.3 GB."""
+    trust = ssl.create_default_context(cafile=str(besieged.centre.authority.certificate))
+    head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {PROTOBUF_MEDIA_TYPE}\r\n"
+    with held(besieged), ExitStack() as lines:
+        for length in (f"Content-Length: {400 << 20}", "Transfer-Encoding: chunked"):
+            address = ("127.0.0.1", besieged.centre.loopback_port)
+            line = trust.wrap_socket(socket.create_connection(address), server_hostname="localhost")
+            lines.enter_context(line).settimeout(5)
+            with suppress(OSError):
+                line.sendall(f"{head}{length}\r\n\r\n".encode())
+                for _ in range(390):
+                    line.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.node.enrol import centre_context, read_known_centre, read_node_key
-from server.superlink.filter import objects_of
+from server.superlink.objects import objects_of
 from shared.site import read_site
 
 

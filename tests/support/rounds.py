@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Message
 
+from server.federation.robust import longest_update
 from server.federation.roster import Session, gather
 from server.federation.strategy import train_round
 from server.storage.checkpoint import Moments
@@ -30,9 +31,9 @@ def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, 
 def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, Moments, dict]:
     """A run before its first round: session, moments and initial encoder."""
     config = parse_config(flat)
-    session = Session(grid, config.federation, hospitals.root / "test")
-    session.run.mkdir(exist_ok=True)
     arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
+    session = Session(grid, config.federation, hospitals.root / "test", longest_update(arrays))
+    session.run.mkdir(exist_ok=True)
     return session, Moments(), arrays
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from server.centre.config import Centre, init_centre
+from server.centre.config import Centre, CentreError, init_centre
 from server.centre.daemon import Daemon
 from server.centre.proxy import is_listening
+from server.centre.registry import read_sites, revoke
 from server.centre.run_request import read_trouble
 from server.centre.status import status_lines
 from shared.host.processes import owned
 from simulations.rehearsal.federation import free_ports
-from tests.support.centres import need_nginx, wait_for
+from tests.support.centres import enrol, need_nginx, wait_for
 
 
 @pytest.fixture
@@ -66,3 +67,30 @@ def test_a_damaged_file_of_a_site_is_said_and_the_daemon_still_ends(centre: Cent
     with running(centre):
         wait_for(lambda: "hospital-01.json is damaged" in read_trouble(centre))
     assert read_trouble(centre) == ""
+
+
+def test_the_door_turns_a_revoked_site_away_though_flower_does_not_answer(centre: Centre, tmp_path: Path) -> None:
+    """Before: the list of certificates waited for Flower's call, and one site's failure kept another's revocation open."""
+    names = ("hospital-01", "hospital-02", "hospital-03")
+    for name in names:
+        enrol(centre, tmp_path / name, name)
+    daemon = Daemon(centre, lambda line: None)  # no SuperLink runs: what is asked of Flower fails
+    sites = read_sites(centre)
+    daemon._registered = {name: (sites[name].public_key, str(number)) for number, name in enumerate(names)}
+    daemon._sync_sites()
+    admitted = (centre.state / "hospitals.pem").read_text()
+    assert all(sites[name].certificate in admitted for name in names)
+    for name in names[:2]:
+        revoke(centre, name)
+    with pytest.raises(CentreError, match=r"site hospital-01: [\s\S]*site hospital-02: "):
+        daemon._sync_sites()
+    admitted = (centre.state / "hospitals.pem").read_text()
+    assert [sites[name].certificate in admitted for name in names] == [False, False, True]
+    assert len((centre.state / "revoked.map").read_text().splitlines()) == 2
+
+
+def test_a_site_is_at_the_door_once_flower_knows_its_key(centre: Centre, tmp_path: Path) -> None:
+    enrol(centre, tmp_path / "hospital-01", "hospital-01")
+    with pytest.raises(CentreError, match="site hospital-01: "):
+        Daemon(centre, lambda line: None)._sync_sites()
+    assert read_sites(centre)["hospital-01"].certificate not in (centre.state / "hospitals.pem").read_text()

@@ -9,7 +9,8 @@ from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.evaluation.evaluate import EvaluationError, fit_probe, open_held_out
+from server.evaluation.evaluate import EvaluationError, open_held_out
+from server.federation.heads import ProbeError, fit_probe
 from shared.config import RunConfig
 from shared.model.batches import read_batch
 from shared.model.scoring import build_model, score_slices
@@ -34,7 +35,7 @@ def test_a_probe_is_scikit_learns_logistic_regression(hospitals: SmallHospitals,
 def test_a_probe_needs_both_labels(copied_hospitals: SmallHospitals, config: RunConfig) -> None:
     cache = copied_hospitals.cache("hospital-01")
     cache.label[:] = np.where(np.isnan(cache.label), np.nan, 0)
-    with pytest.raises(EvaluationError, match="all alike"):
+    with pytest.raises(ProbeError, match="all alike"):
         fit_probe(build_model(config.model, 0), cache, config)
 
 

@@ -111,12 +111,12 @@ def test_too_few_hospitals_at_the_start_is_an_error(two: SmallHospitals) -> None
     settings = FederationSettings(quorum=2, wait_s=0.0)
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-05"]], small_config())
     with pytest.raises(QuorumError, match=r"1 training hospitals are connected \(hospital-01\)"):
-        gather(Session(grid, settings, two.root))
+        gather(Session(grid, settings, two.root, 1e6))
 
 
 def test_a_second_node_of_the_same_name_is_left_out(two: SmallHospitals) -> None:
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-01"]], small_config())
-    session = Session(grid, FederationSettings(quorum=1), two.root)
+    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6)
     members = gather(session)
     assert [m.node_id for m in members] == [1]
     assert "one node per site" in session.roster.refused[2]
@@ -126,7 +126,7 @@ def test_a_node_is_the_site_that_its_key_was_registered_for(two: SmallHospitals)
     """Not the one that it says: another hospital would be pushed out, and this one counted as it."""
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
     registered = {1: "hospital-09", 2: "hospital-02"}
-    session = Session(grid, FederationSettings(quorum=1), two.root, registered=lambda: registered)
+    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6, registered=lambda: registered)
     assert [m.site for m in gather(session)] == ["hospital-02"]
     assert session.roster.refused[1] == (
         "hospital-09: says that it is site 'hospital-01', and is registered as 'hospital-09'; 'site' in its site.yaml must be the "
@@ -141,7 +141,7 @@ def test_a_node_is_the_site_that_its_key_was_registered_for(two: SmallHospitals)
 def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: SmallHospitals) -> None:
     (two.site("hospital-02").cache / "cache.json").unlink()
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
-    session = Session(grid, FederationSettings(quorum=1), two.root)
+    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6)
     assert [m.site for m in gather(session)] == ["hospital-01"]
     assert TEXTS[Refusal.SITE] in session.roster.refused[2]
 

@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from server.federation.server_step import server_step
 from server.storage.checkpoint import Moments
 from shared.config import FederationSettings
+from shared.wire.records import LARGEST_VALUE
 
 ROUNDS = 5
 FLOWERS = {
@@ -78,3 +79,13 @@ def test_running_statistics_are_averaged_and_never_stepped(name: str) -> None:
     assert new["cls.weight"] != mean["cls.weight"]
     assert moments.first
     assert start["cls.weight"] == 1, "what was given is not changed"
+
+
+def test_momentum_beyond_what_hospitals_take_is_cut_off() -> None:
+    """Whatever adds up in it over a thousand rounds, the run goes on."""
+    settings = FederationSettings(strategy="fedavgm", server_learning_rate=2.0, server_momentum=0.99)
+    arrays, moments = {"encoder.x": np.zeros(3, np.float32)}, Moments()
+    for number in range(1, 50):
+        average = {"encoder.x": arrays["encoder.x"] / 2 + np.float32(5e7)}
+        arrays, moments = server_step(settings, moments, number, arrays, average)
+    assert 0 < np.abs(arrays["encoder.x"]).max() <= LARGEST_VALUE

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from client.training.round import build_learner, training_inputs
 from client.training.round import train_round as train_locally
+from server.federation.robust import LONGEST, longest_update
 from server.federation.roster import QuorumError, Session, gather
 from server.federation.strategy import repeat_round, train_round
 from server.storage.checkpoint import Moments
@@ -253,8 +254,51 @@ def test_sharing_all_is_refused_by_a_hospital_that_releases_the_encoder_only(two
     config = parse_config(flat)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
     arrays = to_arrays(build_model(config.model, 0).state_dict(), ("encoder", "cls", "seg", "rec"))
-    session = Session(grid, config.federation, two.root)
+    session = Session(grid, config.federation, two.root, longest_update(arrays))
     result = train_round(session, Moments(), gather(session), arrays, 1)
     assert result.refused["hospital-02"] == TEXTS[Refusal.GROUP]
     assert "policy.release" in result.refused["hospital-02"]
     assert torch.is_tensor(torch.from_numpy(result.arrays["cls.weight"]))
+
+
+SIZE = 575_038  # values of the demo encoder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "share"),
+    [("fedavg", None), ("fedprox", None), ("fedavgm", None), ("fedadam", None), ("fedavgm", 0.9)],
+)
+def test_one_hospital_of_three_does_not_end_a_run(two: SmallHospitals, strategy: str, share: float | None) -> None:
+    """Before: with momentum the global tensors were beyond 1e8 in the third round, and the run ended for all."""
+    edit_site(two.files["hospital-05"], role="train")
+    flat = small_config(
+        federation__strategy=strategy,
+        federation__server_learning_rate=0.1 if strategy == "fedadam" else 2.0,
+        federation__rounds=4,
+    )
+    longest = []
+
+    def pull(asked: Message, reply: Message) -> Message:
+        """Values at the limit, or a step of almost the longest length, in the same direction each round."""
+        if asked.metadata.message_type == "train" and asked.metadata.dst_node_id == 3:
+            received = asked.content["arrays"]["encoder"].numpy()
+            sent = received + np.float32(share * longest[0] / SIZE**0.5) if share else np.full(SIZE, 9.9e7, np.float32)
+            update = ArrayRecord({"encoder": Array(sent)})
+            content = RecordDict({"update": update, "facts": ConfigRecord({"site": "hospital-05"})})
+            return Message(content, reply_to=asked)
+        return reply
+
+    grid = LoopbackGrid([two.files[n] for n in (*NAMES, "hospital-05")], flat, change=pull)
+    session, moments, arrays = beginning(grid, flat, two)
+    longest.append(session.longest)
+    for number in range(1, 5):
+        result = train_round(session, moments, gather(session), arrays, number)
+        arrays, moments = result.arrays, result.moments
+        assert result.sites.keys() >= set(NAMES)
+        assert list(result.refused) == ([] if share else ["hospital-05"])
+        assert share or "an update of length" in result.refused["hospital-05"]
+
+
+def test_the_longest_update_is_of_the_runs_beginning() -> None:
+    start = {"encoder.x": np.array([3, 4], np.float32), "cls.norm.running_var": np.array([1e6], np.float32)}
+    assert longest_update(start) == 5 * LONGEST

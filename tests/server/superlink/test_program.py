@@ -6,8 +6,12 @@ import importlib
 import inspect
 import re
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.auth import derive_auth_secret
+from flwr.supercore.auth.superexec import create_superexec_auth_metadata
 from flwr.superlink import main
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.routers.fleet import node_auth, router
@@ -15,6 +19,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from server.centre.proxy import FLEET_CALLS
+from server.superlink.local_calls import ACQUIRE_METHOD, LARGEST_ACQUIRE, LARGEST_CONTROL, refusal_of
 from server.superlink.program import Operator
 
 PINNED = "1.41.0"
@@ -59,3 +64,36 @@ def test_a_call_without_the_centres_token_is_nobodys(given: list) -> None:
     assert operator.validate_tokens_in_metadata(given) == (False, None)
     assert operator.refresh_tokens(given) == (None, None)
     assert operator.validate_tokens_in_metadata([("flwr-oidc-access-token", "secret")])[0]
+
+
+def test_a_local_call_is_known_by_its_head() -> None:
+    from_executor = create_superexec_auth_metadata(
+        auth_secret=derive_auth_secret(b"secret"), method=ACQUIRE_METHOD, request=AcquireTaskRequest()
+    )
+    tasks = SimpleNamespace(get_task_by_token={"task": "a task"}.get)
+
+    def status(path: str, length: int = 10, **headers: str) -> int:
+        given = {"content-length": str(length)} | {name.replace("_", "-"): value for name, value in headers.items()}
+        refusal = refusal_of(path, given, "operator", b"secret", lambda: tasks)
+        return 200 if refusal is None else refusal[0]
+
+    assert status("/health") == 200
+    assert status("/docs") == status("/v1/control/get-auth-tokens", authorization="Bearer operator") == 404
+    assert status("/v1/control/list-runs", authorization="Bearer operator") == 200
+    assert status("/v1/control/list-runs", LARGEST_CONTROL + 1, authorization="Bearer operator") == 413
+    assert status("/v1/control/list-runs", authorization="operator") == 401
+    assert status("/v1/control/list-runs", authorization="Bearer \xe4") == 401
+    assert status("/v1/runtime/push-object", flwr_task_token="task") == 200
+    assert status("/v1/runtime/push-object", flwr_task_token="other") == status("/v1/runtime/push-object") == 401
+    assert status("/v1/runtime/acquire-task", **from_executor) == 200
+    assert status("/v1/runtime/acquire-task", LARGEST_ACQUIRE + 1, **from_executor) == 413
+    forged = from_executor | {"flwr-superexec-nonce": "another"}
+    assert status("/v1/runtime/acquire-task", **forged) == status("/v1/runtime/acquire-task") == 401
+
+
+def test_the_executor_signs_the_name_of_its_call() -> None:
+    source = inspect.getsource(importlib.import_module("flwr.supercore.routers.runtime.router"))
+    assert f'SuperExecAuthDependency("{ACQUIRE_METHOD}")' in source
+    for call in re.findall(r'@router.post\("/([a-z-]+)"\)\ndef [\s\S]*?\) ->', source):
+        body = source[source.index(f'"/{call}"') :].split(") ->")[0]
+        assert "task: TaskDependency" in body or call == "acquire-task", "each call has a task's token in its head"

@@ -238,3 +238,24 @@ def test_tally_bytes_that_are_no_array_are_refused() -> None:
     record["patients"] = Array(dtype="int32", shape=(1,), stype="numpy.ndarray", data=b"12")
     with pytest.raises(UpdateError, match="tally patients"):
         tally_from_record(record, replicates=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("cls.norm.running_var", -1e-6, "a negative variance"),
+        ("cls.norm.running_var", 2e6, "values beyond 1e\\+06"),
+        ("cls.norm.running_mean", -2e6, "values beyond 1e\\+06"),
+        ("cls.norm.running_mean", -1.0, None),
+        ("cls.norm.running_var", 0.0, None),
+        ("cls.norm.weight", -2e6, None),
+    ],
+)
+def test_a_running_statistic_is_one_that_features_can_have(name: str, value: float, reason: str | None) -> None:
+    """Before: a variance of -30 in the heads, and every test of the final model gave NaN."""
+    record, expected = to_record({name: np.array([1.0, value], np.float32)}), {name: (2,)}
+    if reason is None:
+        assert from_record(record, expected)[name][1] == np.float32(value)
+    else:
+        with pytest.raises(UpdateError, match=reason):
+            from_record(record, expected)
