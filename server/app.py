@@ -102,7 +102,7 @@ def main(grid: Grid, context: Context) -> None:
     run = open_run(config)
     write_status(run, "running", what="the start")
     try:
-        grid = sign_as_centre(grid, run.parent.parent)
+        grid = sign_as_centre(grid, run.parent.parent, config)
         federate(grid, config, run)
     except FINAL as error:
         write_status(run, "failed", error=f"{type(error).__name__}: {error}")

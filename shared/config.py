@@ -251,6 +251,11 @@ class RunConfig:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def config_digest(config: RunConfig) -> str:
+    """SHA-256 of the whole run config, 64 hexadecimal digits; what the centre signs with each instruction."""
+    return hashlib.sha256(json.dumps(config.flat(), sort_keys=True).encode()).hexdigest()
+
+
 def is_name(text: object) -> bool:
     """Whether a text can be a site's or a run's name, and so a file name."""
     return isinstance(text, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text) is not None

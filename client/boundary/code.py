@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 APP = "client/app.py"
 # Our own bundle has about a hundred files and 300 KB.
 MOST_BYTES, MOST_ENTRIES, MOST_ENTRY_BYTES, MOST_UNPACKED_BYTES = 4 << 20, 1000, 1 << 20, 16 << 20
+MOST_PROJECT_BYTES, MOST_DOTS = 64 << 10, 40  # of pyproject.toml; tomllib's time grows with the square of a key's parts
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as Flower's build writes
 MOST_RATIO = 100  # Python text packs to a third or a fifth
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+){0,9}")
 
@@ -75,11 +77,27 @@ class Bundle:
 
     Attributes:
       code: hash of the client code inside, counted as `code_hash` counts it.
-      config: the run config's defaults in its pyproject.toml, dotted key -> value; still to be parsed and bounded.
+      project: its pyproject.toml, not read yet.
     """
 
     code: str
-    config: dict[str, Scalar]
+    project: bytes
+
+    def defaults(self) -> dict[str, Scalar]:
+        """The run config's defaults, dotted key -> value; still to be parsed and bounded.
+
+        Raises:
+          CodeError: pyproject.toml is too large or holds none.
+        """
+        if len(self.project) > MOST_PROJECT_BYTES:
+            text = f"{len(self.project)} bytes, expected at most {MOST_PROJECT_BYTES}"
+            raise CodeError(f"pyproject.toml of the run's bundle has {text}")
+        if any(line.count(b".") > MOST_DOTS for line in self.project.splitlines()):
+            raise CodeError(f"pyproject.toml of the run's bundle has a line of more than {MOST_DOTS} dots")
+        try:
+            return flatten_dict(tomllib.loads(self.project.decode())["tool"]["flwr"]["app"].get("config", {}))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CodeError(f"pyproject.toml of the run's bundle cannot be read ({type(error).__name__})") from error
 
 
 def read_bundle(content: bytes) -> Bundle:
@@ -95,18 +113,17 @@ def read_bundle(content: bytes) -> Bundle:
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
             files = _read_entries(archive)
-        config = tomllib.loads(files["pyproject.toml"].decode())["tool"]["flwr"]["app"].get("config", {})
-        defaults = flatten_dict(config)
+        project = files["pyproject.toml"]
     except CodeError:
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, LookupError) as error:
         raise CodeError(f"the run's bundle cannot be read ({type(error).__name__}: {error})") from error
-    except (NotImplementedError, RuntimeError, OSError, EOFError, RecursionError) as error:  # encrypted, other methods
+    except Exception as error:  # encrypted, and whatever else zipfile raises
         raise CodeError(f"the run's bundle cannot be read ({type(error).__name__})") from error
     code = {
         name: data for name, data in files.items() if name.startswith(("client/", "shared/")) and name.endswith(".py")
     }
-    return Bundle(_hash_of(code, "the run's bundle"), defaults)
+    return Bundle(_hash_of(code, "the run's bundle"), project)
 
 
 def _read_entries(archive: zipfile.ZipFile) -> dict[str, bytes]:
@@ -121,6 +138,8 @@ def _read_entries(archive: zipfile.ZipFile) -> dict[str, bytes]:
         name = entry.filename
         if not _NAME.fullmatch(name) or {".", ".."} & set(name.split("/")) or name in files:
             raise CodeError(f"the run's bundle has a file {name[:80]!a}; expected plain relative names, each once")
+        if entry.compress_type not in METHODS:
+            raise CodeError(f"file {name[:80]} of the run's bundle is packed by method {entry.compress_type}")
         if entry.file_size > MOST_ENTRY_BYTES or entry.file_size > MOST_RATIO * max(entry.compress_size, 100):
             raise CodeError(f"file {name[:80]} of the run's bundle unpacks to {entry.file_size} bytes")
         with archive.open(entry) as file:

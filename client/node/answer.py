@@ -1,8 +1,9 @@
 """From a message's bytes to the reply's bytes: the first code of the hospital that reads what a centre sent.
 
-Order matters. The signature first, so that only the centre's own instructions cost more than a hash; then the bundle's code
-against the hospital's, by its hash; then the hospital's client app (client/app.py), whose policy decides what leaves. There
-is a reply in every case: a code of the closed list where something is refused (shared/refusals.py).
+Order matters. What the parts become is counted first, before they are put together (client/node/parts.py). Then the signature,
+so that only the centre's own instructions cost more than that; then the bundle's code against the hospital's, by its hash;
+then the hospital's client app (client/app.py), whose policy decides what leaves. There is a reply in every case: a code of
+the closed list where something is refused (shared/refusals.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from client.boundary.audit import AuditError, printable, record
 from client.boundary.code import CodeError, read_bundle
 from client.boundary.policy import admit_code
 from client.node.frames import reply_frames
+from client.node.parts import bounded_memory, check_parts
 from client.node.program import Task
+from shared.config import ConfigError, config_digest, parse_config
 from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site
 from shared.wire.instructions import InstructionError, RepeatedError, open_instruction
@@ -54,13 +57,16 @@ def answer(task: Task, own_code: str) -> list[bytes]:
     place = json.loads(task.place)
     run = run_from_proto(RunProto.FromString(task.run))
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, place["node_id"]
-    message = _inflate(task)
+    with bounded_memory():
+        message = _inflate(task)
     site = None
     try:
         site = _site(Path(place["site_yaml"]))
         authority = x509.load_pem_x509_certificate(place["authority"].encode())
-        message = _signed(message, authority, site)
+        with bounded_memory():
+            message, signed_config = _signed(message, authority, site)
         context = _admitted(message, run, task.bundle, own_code, site, place)
+        _check_config(context.run_config, signed_config)
         reply = app(message, context)
     except Refused as error:
         log.error("refused: %s", printable(str(error)))
@@ -73,9 +79,8 @@ def _inflate(task: Task) -> Message:
     """The message from its parts; every part is named by the hash of its content."""
     tree = ObjectTree.FromString(task.tree)
     contents = {get_object_id(content): content for content in task.objects}
+    check_parts(tree.object_id, contents)
     message = inflate_object_from_contents(tree.object_id, contents)
-    if not isinstance(message, Message):
-        raise ValueError(f"the centre sent a {type(message).__name__}, expected a Message")
     message.metadata.__dict__["_message_id"] = tree.object_id  # a deflated message does not hold its own name
     return message
 
@@ -87,8 +92,8 @@ def _site(path: Path) -> Site:
         raise Refused(str(error), Refusal.SITE) from error
 
 
-def _signed(message: Message, authority: x509.Certificate, site: Site) -> Message:
-    """The message, if the centre signed it for this site and it is here for the first time."""
+def _signed(message: Message, authority: x509.Certificate, site: Site) -> tuple[Message, str]:
+    """The message and its run config's digest, if the centre signed it for this site and it is here for the first time."""
     try:
         return open_instruction(message, authority, site.name, lambda *number: first_time(site.state, *number))
     except RepeatedError as error:
@@ -131,16 +136,27 @@ def _admitted(message: Message, run: Run, content: bytes, own_code: str, site: S
         if hashlib.sha256(content).hexdigest() != run.fab_hash:
             raise CodeError("the bundle is not the one that the run names")
         bundle = read_bundle(content)
+        admit_code(site, own_code, bundle.code)
+        defaults = bundle.defaults()
     except CodeError as error:
         raise Refused(str(error), Refusal.BUNDLE_UNREADABLE) from error
-    admit_code(site, own_code, bundle.code)
     return Context(
         run_id=run.run_id,
         node_id=place["node_id"],
         node_config={"site": place["site_yaml"]},
         state=RecordDict(),
-        run_config=bundle.config | run.override_config,
+        run_config=defaults | run.override_config,
     )
+
+
+def _check_config(flat: dict, signed: str) -> None:
+    """That the run config, which came beside the message, is the one under which the centre signed it."""
+    try:
+        found = config_digest(parse_config(flat))
+    except ConfigError as error:
+        raise Refused(str(error), Refusal.NOT_FROM_CENTRE) from error
+    if found != signed:
+        raise Refused("an instruction with another run config than the centre signed", Refusal.NOT_FROM_CENTRE)
 
 
 def _note_refusal(site: Site | None, message: Message, refused: Refused) -> None:

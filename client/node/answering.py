@@ -18,6 +18,7 @@ from pathlib import Path
 
 from client.boundary.code import ROOT, code_hash
 from client.node.frames import FrameError, receive_frames, send_frames
+from client.node.private import answering_owner
 from client.node.program import CANNOT_FORK, READY, Task
 from shared.host.processes import end_owned, flower_environment
 
@@ -45,7 +46,8 @@ class Answering:
     """
 
     def __init__(self, owner: Path, site_yaml: Path, say: Callable[[str], None]):
-        self._owner, self._site_yaml, self._say = owner, site_yaml, say
+        self._owner, self._say = owner, say
+        self._user = answering_user(site_yaml)  # once: a link put there later must not make it root
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
         self._code, self._cold = "", False
@@ -90,7 +92,7 @@ class Answering:
             env=flower_environment(self._owner, home, **QUIET),
             pass_fds=[line.fileno()],
             start_new_session=True,
-            **answering_user(self._site_yaml),
+            **self._user,
         )
 
     def ask(self, task: Task, go_on: Callable[[], bool]) -> list[bytes]:
@@ -147,10 +149,10 @@ def _hand_over(control: socket.socket, line: socket.socket) -> None:
 
 def answering_user(site_yaml: Path) -> dict[str, object]:
     """Arguments of subprocess.Popen that make root's child a process of whoever owns site.yaml; none for others."""
-    owner = site_yaml.stat()
-    if os.geteuid() != 0 or owner.st_uid == 0:
+    if os.geteuid() != 0:
         return {}
-    return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+    user, group = answering_owner(site_yaml)
+    return {"user": user, "group": group, "extra_groups": []} if user else {}
 
 
 def watcher(stopping: Callable[[], bool], is_running: Callable[[], bool]) -> Callable[[], bool]:

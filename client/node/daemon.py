@@ -14,34 +14,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Error, Message
-from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
+from client.boundary.audit import printable
 from client.boundary.code import CodeError
 from client.node.answering import AnswerError, Answering, StoppedError, watcher
-from client.node.connection import (
-    Connection,
-    ConnectionLostError,
-    NodeError,
-    Order,
-    RunOverError,
-    message_text,
-)
-from client.node.enrol import read_known_centre
-from client.node.frames import reply_frames
+from client.node.calls import CentreFaultError, ConnectionLostError, NodeError, RunOverError
+from client.node.connection import Connection, Order, check_metadata, error_frames, message_text
+from client.node.enrol import Centre, read_authority, read_known_centre
+from client.node.private import answering_owner, keep_from_others
 from client.node.program import Task, make_place
 from shared.host.processes import HeldError, end_owned, hold
 from shared.host.rights import user_name
 from shared.host.systemd import unit_text
-from shared.refusals import TEXTS, Refusal
 from shared.site import Site
 from shared.wire.enrolment import EnrolError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 30.0  # a node that was killed is refused for up to a minute
 BUSY_POLL_S, IDLE_POLL_S = 0.25, 3.0  # between two questions for a message, while a run goes on and otherwise
+LONGEST_LINE = 1000  # characters of a line of the log
 BUSY_S = 60.0  # after a message, the next is soon
 
 # Of root's rights only: to become the owner of site.yaml, to read what is the owner's, to end what it started.
@@ -58,11 +50,14 @@ class Daemon:
     """Keeps one hospital connected until it is told to stop."""
 
     def __init__(self, site: Site, site_yaml: Path, say: Callable[[str], None]):
-        self._site, self._site_yaml, self._say = site, site_yaml.resolve(), say
-        self._centre = read_known_centre(site)
+        self._site, self._site_yaml = site, site_yaml.resolve()
+        self._say = lambda line: say(printable(line[:LONGEST_LINE]))  # errors hold words of whatever answered
+        self._mark = site.state / "centre"  # of the processes that this daemon starts
+        self._answering = Answering(self._mark, self._site_yaml, self._say)
+        self._centre = _private_centre(site, self._site_yaml)
+        self._authority = read_authority(self._centre)
         self._stopping = threading.Event()
         self._unanswered = self._centre.folder / "unanswered"
-        self._answering = Answering(self._centre.folder, self._site_yaml, say)
 
     def stop(self, *_: object) -> None:
         """End the connection and the daemon; a signal handler too."""
@@ -76,9 +71,7 @@ class Daemon:
         """
         try:
             with hold(self._centre.folder / "lock"):
-                end_owned(self._centre.folder)  # what a daemon that was killed left running
-                if os.geteuid() == 0:
-                    keep_from_others(self._centre.folder)
+                end_owned(self._mark)  # what a daemon that was killed left running
                 try:
                     self._take_part()
                 finally:
@@ -103,6 +96,10 @@ class Daemon:
                     self._answer_messages(connection)
             except (NodeError, AnswerError, CodeError) as error:
                 reason = str(error)
+            except EnrolError:  # of our own key and certificates: another attempt finds the same
+                raise
+            except Exception as error:  # a fault of ours or a full disk must not end a hospital's part in every run
+                reason = f"{type(error).__name__}: {error}"
             if self._stopping.is_set():
                 break
             pause_s = FIRST_PAUSE_S if connected else min(2 * pause_s, LONGEST_PAUSE_S)
@@ -131,7 +128,7 @@ class Daemon:
     def _answer(self, connection: Connection, order: Order) -> None:
         """Answer one message and send the reply."""
         self._say(f"received {message_text(order.message)}")
-        place = make_place(self._site_yaml, connection.node_id, self._centre.authority.read_text())
+        place = make_place(self._site_yaml, connection.node_id, self._authority)
         task = Task(place, order.run, order.bundle, order.tree, tuple(order.objects))
         wanted = watcher(self._stopping.is_set, lambda: connection.is_running(order.run_id))
         try:
@@ -167,31 +164,28 @@ class Daemon:
             return
         try:
             message = MessageProto.FromString(self._unanswered.read_bytes())
+            check_metadata(message, connection.node_id)
+        except (DecodeError, CentreFaultError):
+            self._unanswered.unlink(missing_ok=True)
+            return
+        try:
             if message.metadata.dst_node_id == connection.node_id:  # else it is of a SuperLink that is gone
                 connection.push(message.metadata.run_id, error_frames(message, connection.node_id))
                 self._say(f"gave up {message_text(message)}, which was not answered")
         except ConnectionLostError as error:
             self._say(f"{error}; asking again")
             return
-        except (RunOverError, DecodeError) as error:
+        except RunOverError as error:
             self._say(f"a message that was not answered is not waited for: {error}")
         self._unanswered.unlink(missing_ok=True)
 
 
-def error_frames(message: MessageProto, node_id: int) -> list[bytes]:
-    """The reply for a message whose process ended."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, message.metadata.run_id, node_id
-    return reply_frames(
-        Message(Error(int(Refusal.FAILED), TEXTS[Refusal.FAILED]), reply_to=message_from_proto(message))
-    )
-
-
-def keep_from_others(folder: Path) -> None:
-    """Give the folder with the node's key to root alone: the process that answers runs as another user."""
-    folder.chmod(0o700)
-    for path in (folder, *folder.iterdir()):
-        if not path.is_symlink():
-            os.chown(path, 0, 0)
+def _private_centre(site: Site, site_yaml: Path) -> Centre:
+    """What is known of the centre; as root, in a folder that the process that answers cannot exchange."""
+    centre = read_known_centre(site)
+    if os.geteuid() != 0:
+        return centre
+    return read_known_centre(site, keep_from_others(centre.folder, answering_owner(site_yaml)[0]))
 
 
 def site_unit(site_yaml: Path, user: bool) -> str:

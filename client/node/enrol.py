@@ -180,13 +180,16 @@ def _check_invitation(path: Path, invitation: Invitation) -> None:
         )
 
 
-def read_known_centre(site: Site) -> Centre:
+def read_known_centre(site: Site, folder: Path | None = None) -> Centre:
     """What a hospital knows of its centre.
 
+    Args:
+      site: the hospital.
+      folder: another path of `centre/` of its state folder (client/node/private.py).
     Raises:
       EnrolError: nothing, or it is damaged.
     """
-    folder = site.state / "centre"
+    folder = folder or site.state / "centre"
     path = folder / "centre.json"
     if not path.is_file():
         raise EnrolError(
@@ -213,6 +216,19 @@ def _check_address(centre: Centre) -> None:
     """That an address has a host and a port; raises ValueError."""
     if not centre.host or not 0 < centre.port < 65536:
         raise ValueError(centre.address)
+
+
+def read_authority(centre: Centre) -> str:
+    """Return the certificate of the centre's authority, PEM: parsed and written again, so that it is that and nothing else.
+
+    Raises:
+      EnrolError: it is missing or damaged.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(centre.authority.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EnrolError(f"{centre.authority}: no certificate; restore it from the invitation or a backup") from error
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def read_node_key(centre: Centre) -> ec.EllipticCurvePrivateKey:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from server.centre.config import read_centre
 from server.centre.registry import registered_nodes
+from shared.config import RunConfig, config_digest
 from shared.wire.instructions import Signer
 
 
@@ -20,16 +21,17 @@ class SigningGrid(Grid):
       grid: Flower's.
       signer: the centre's key for instructions.
       registered: node -> site, as the centre registered them.
+      config: digest of the run config (shared/config.py).
     """
 
-    def __init__(self, grid: Grid, signer: Signer, registered: Callable[[], Mapping[int, str]]):
-        self._grid, self._signer, self._registered = grid, signer, registered
+    def __init__(self, grid: Grid, signer: Signer, registered: Callable[[], Mapping[int, str]], config: str):
+        self._grid, self._signer, self._registered, self._config = grid, signer, registered, config
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sign and push."""
         sites, signed = self._registered(), list(messages)
         for message in signed:
-            self._signer.sign(message, sites.get(message.metadata.dst_node_id, ""))
+            self._signer.sign(message, sites.get(message.metadata.dst_node_id, ""), self._config)
         return self._grid.push_messages(signed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -58,9 +60,15 @@ class SigningGrid(Grid):
         raise NotImplementedError("push_messages signs, send_and_receive does not")
 
 
-def sign_as_centre(grid: Grid, folder: Path) -> Grid:
-    """A grid that signs with the key of the centre in `folder`; the grid itself where that is no centre, as in a simulation."""
+def sign_as_centre(grid: Grid, folder: Path, config: RunConfig) -> Grid:
+    """A grid that signs with the key of the centre in `folder`; the grid itself where that is no centre, as in a simulation.
+
+    Args:
+      grid: Flower's.
+      folder: of the centre, or not.
+      config: the run's.
+    """
     if not (folder / "centre.toml").is_file():
         return grid
     signer = Signer(*read_centre(folder).instructions.load())
-    return SigningGrid(grid, signer, lambda: registered_nodes(folder))
+    return SigningGrid(grid, signer, lambda: registered_nodes(folder), config_digest(config))

@@ -3,8 +3,8 @@
 Flower checks which node calls, not who wrote a message: another hospital, or whatever stands in front of the centre, could
 put an instruction there. The server's part of a run therefore signs every instruction with a key whose certificate the
 centre's authority issued for nothing else; the hospital knows the authority from its invitation. The signature covers the
-site, the run, the kind of message, every record by its hash, a time and a random number, so that an instruction cannot be
-altered, sent to another site, moved to another run or sent twice.
+site, the run, the run config, the kind of message, every record by its hash, a time and a random number, so that an
+instruction cannot be altered, sent to another site, moved to another run, carried out under another config or sent twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 RECORD = "signature"  # the record of an instruction that holds its signature
 LONGEST_S = 13 * 3600.0  # Flower keeps a message for twelve hours
 AHEAD_S = 600.0  # how far the centre's clock may be ahead of the hospital's
-_KEYS = {"signature", "certificate", "issued", "nonce"}
+_KEYS = {"signature", "certificate", "issued", "nonce", "config"}
 _MOST_BYTES = 8192  # of a certificate or a signature
 
 
@@ -50,27 +50,34 @@ class Signer:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def sign(self, message: Message, site: str) -> None:
-        """Add the signature record to a message that is about to be sent to a site."""
+    def sign(self, message: Message, site: str, config: str) -> None:
+        """Add the signature record to a message that is about to be sent to a site.
+
+        Args:
+          message: the instruction.
+          site: whom it is for.
+          config: digest of the run config (shared/config.py).
+        """
         issued, nonce = time.time(), secrets.token_hex(16)
-        signed = _signed_bytes(message, site, issued, nonce)
+        signed = _signed_bytes(message, site, config, issued, nonce)
         record = ConfigRecord(
             {
                 "signature": self.key.sign(signed, ec.ECDSA(hashes.SHA384())),
                 "certificate": self.certificate.public_bytes(Encoding.DER),
                 "issued": issued,
                 "nonce": nonce,
+                "config": config,
             }
         )
         message.content = RecordDict({**message.content, RECORD: record})
 
 
-def _signed_bytes(message: Message, site: str, issued: float, nonce: str) -> bytes:
+def _signed_bytes(message: Message, site: str, config: str, issued: float, nonce: str) -> bytes:
     """What is signed. Records are named by Flower's object ids, SHA-256 over all that they hold."""
     records = sorted((name, record.object_id) for name, record in message.content.items() if name != RECORD)
     metadata = message.metadata
     return json.dumps(
-        ["hemafed instruction 1", site, metadata.run_id, metadata.message_type, issued, nonce, records]
+        ["hemafed instruction 2", site, metadata.run_id, config, metadata.message_type, issued, nonce, records]
     ).encode()
 
 
@@ -80,7 +87,7 @@ def open_instruction(
     site: str,
     first_time: Callable[[str, float], bool],
     now: float | None = None,
-) -> Message:
+) -> tuple[Message, str]:
     """Check an instruction and take the signature record out of it.
 
     Args:
@@ -90,7 +97,8 @@ def open_instruction(
       first_time: told the instruction's random number and the time until which it must be remembered; whether it is new.
       now: the hospital's time, seconds since 1970; by default the clock's.
     Returns:
-      The message without the signature record.
+      The message without the signature record, and the digest of the run config under which it was signed: the caller
+      compares it with the run config that came with the message.
     Raises:
       InstructionError: no signature, not the centre's, for another site or run, altered, too old, from the future.
       RepeatedError: it was answered before.
@@ -98,19 +106,23 @@ def open_instruction(
     record = message.content.get(RECORD) if message.has_content() else None
     if not isinstance(record, ConfigRecord) or record.keys() != _KEYS:
         raise InstructionError("an instruction without a signature")
-    signature, encoded, issued, nonce = (record[key] for key in ("signature", "certificate", "issued", "nonce"))
+    signature, encoded, issued, nonce, config = (
+        record[key] for key in ("signature", "certificate", "issued", "nonce", "config")
+    )
     if not (isinstance(signature, bytes) and isinstance(encoded, bytes) and isinstance(issued, float)):
         raise InstructionError("an instruction whose signature record has values of other types")
-    if not isinstance(nonce, str) or len(nonce) != 32 or max(len(signature), len(encoded)) > _MOST_BYTES:
+    if not (isinstance(nonce, str) and isinstance(config, str) and (len(nonce), len(config)) == (32, 64)):
+        raise InstructionError("an instruction whose signature record has texts of other lengths")
+    if max(len(signature), len(encoded)) > _MOST_BYTES:
         raise InstructionError("an instruction whose signature record has values of other sizes")
-    _check_signature(_certificate(encoded, authority), signature, _signed_bytes(message, site, issued, nonce))
+    _check_signature(_certificate(encoded, authority), signature, _signed_bytes(message, site, config, issued, nonce))
     age_s = (time.time() if now is None else now) - issued
     if not -AHEAD_S <= age_s <= LONGEST_S:
         raise InstructionError(f"an instruction of {age_s:.0f} s ago, expected {-AHEAD_S:.0f} to {LONGEST_S:.0f}")
     if not first_time(nonce, issued + LONGEST_S):
         raise RepeatedError("an instruction that was answered before")
     message.content = RecordDict({name: value for name, value in message.content.items() if name != RECORD})
-    return message
+    return message, config
 
 
 def _check_signature(key: ec.EllipticCurvePublicKey, signature: bytes, signed: bytes) -> None:

@@ -18,9 +18,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.boundary.code import ROOT
+from client.boundary.code import ROOT, CodeError, read_bundle
 from client.node.program import Task, make_place
 from server.centre.authority import Pair, issue_signer, make_authority, read_certificate
+from shared.config import ConfigError, config_digest, parse_config
 from shared.wire.instructions import Signer
 
 RUN_ID, NODE_ID = 17, 5
@@ -62,11 +63,18 @@ class Sender:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
         return Message(content or RecordDict(), dst_node_id=NODE_ID, message_type=kind)
 
+    def digest(self, bundle: bytes) -> str:
+        """Of the run config, which a bundle's defaults and the run's own keys make; of the defaults where there is none."""
+        try:
+            return config_digest(parse_config(read_bundle(bundle).defaults() | self.config))
+        except (CodeError, ConfigError):
+            return config_digest(parse_config({}))
+
     def task(self, message: Message, bundle: bytes | None = None, fab_hash: str = "", sign: bool = True) -> Task:
         """A message as the node hands it to the process that answers."""
-        if sign:
-            self.signer.sign(message, self.site)
         content = project_bundle() if bundle is None else bundle
+        if sign:
+            self.signer.sign(message, self.site, self.digest(content))
         run = Run.create_empty(RUN_ID)
         run.fab_hash = fab_hash or hashlib.sha256(content).hexdigest()
         run.override_config = dict(self.config)

@@ -56,14 +56,14 @@ def packed(files: Files, method: int = zipfile.ZIP_DEFLATED) -> bytes:
 
 def refused(content: bytes) -> str:
     with pytest.raises(CodeError) as caught:
-        read_bundle(content)
+        read_bundle(content).defaults()
     return str(caught.value)
 
 
 def test_a_bundle_has_the_hash_and_the_config_of_the_code_that_it_was_made_of(bundle: bytes) -> None:
     found = read_bundle(bundle)
     assert found.code == code_hash()
-    assert parse_config(found.config).flat() == parse_config({}).flat()
+    assert parse_config(found.defaults()).flat() == parse_config({}).flat()
 
 
 @pytest.mark.parametrize("place", ["client/inner/deep/one.py", "shared/runs/two.py", "client/build/three.py"])
@@ -206,6 +206,24 @@ def test_bytes_that_are_no_bundle_are_refused(content: bytes) -> None:
 )
 def test_a_bundle_whose_config_cannot_be_read_is_refused(files: Files, text: str) -> None:
     assert "the run's bundle cannot be read" in refused(packed(files | {"pyproject.toml": text.encode()}))
+
+
+@pytest.mark.parametrize("text", ["#" * 70_000, ".".join(["a"] * 16_000) + "=1", "x = [" + "[" * 5_000])
+def test_a_config_that_takes_long_to_read_is_refused_before_it_is_read(files: Files, text: str) -> None:
+    """tomllib takes the square of a key's parts: 4,000 took 0.2 s, and a file of the old bound had 500,000."""
+    content = packed(files | {"pyproject.toml": text.encode()}, zipfile.ZIP_STORED)
+    assert "pyproject.toml of the run's bundle" in refused(content)
+    found = read_bundle(content)
+    assert found.code == code_hash(), "the code is compared first"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_bundle_that_is_packed_in_another_way_is_refused(files: Files, method: int) -> None:
+    """A damaged LZMA stream raised an error that nobody expected."""
+    content = bytearray(packed(files, method))
+    assert f"packed by method {method}" in refused(bytes(content))
+    content[60:68] = b"\xff" * 8
+    assert "the run's bundle" in refused(bytes(content))
 
 
 def test_a_version_that_is_a_path_changes_nothing(files: Files) -> None:

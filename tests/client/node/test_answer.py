@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.serde import run_from_proto, run_to_proto
+from flwr.proto.run_pb2 import Run as RunProto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +53,21 @@ def changed_bundle(**changes: bytes) -> bytes:
     return content.getvalue()
 
 
+def with_config(task: Task, **changes: object) -> Task:
+    """A task whose run config was altered on its way; '__' in keys for '.'."""
+    run = run_from_proto(RunProto.FromString(task.run))
+    run.override_config = run.override_config | {key.replace("__", "."): value for key, value in changes.items()}
+    return replace(task, run=run_to_proto(run).SerializeToString())
+
+
+def other_config(sender: Sender) -> Task:
+    return with_config(sender.task(sender.message()), train__epochs=3)
+
+
+def no_config(sender: Sender) -> Task:
+    return with_config(sender.task(sender.message()), train__epoch=3)
+
+
 def test_a_signed_instruction_of_this_code_is_answered(sender: Sender) -> None:
     reply = asked(sender.task(sender.message()))
     assert reply.content["facts"]["site"] == "hospital-01"
@@ -71,10 +88,21 @@ def test_a_signed_instruction_of_this_code_is_answered(sender: Sender) -> None:
             lambda s: s.task(s.message(), bundle=changed_bundle(client__deep__extra=b"")),
             "other client code than the site installed",
         ),
+        (other_config, "answers only what its centre signed"),
+        (no_config, "answers only what its centre signed"),
         (lambda s: s.task(s.message(), bundle=b"PK"), "bundle cannot be read"),
         (lambda s: s.task(s.message(), fab_hash="0" * 64), "bundle cannot be read"),
     ],
-    ids=["unsigned", "another site's", "other code", "more code", "no bundle", "another bundle"],
+    ids=[
+        "unsigned",
+        "another site's",
+        "other code",
+        "more code",
+        "other config",
+        "no config",
+        "no bundle",
+        "another bundle",
+    ],
 )
 def test_what_is_turned_away_stands_in_the_audit_log_and_never_reaches_the_app(
     sender: Sender, spoil: Callable[[Sender], Task], told: str

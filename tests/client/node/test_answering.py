@@ -19,8 +19,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 import client.node.answering
 from client.node.answering import AnswerError, Answering, StoppedError, answering_user, watcher
-from client.node.daemon import keep_from_others
 from client.node.frames import FrameError, receive_frames, send_frames
+from client.node.private import keep_from_others
 from shared.config import parse_config
 from shared.host.processes import owned
 from shared.model.scoring import build_model
@@ -159,7 +159,7 @@ def test_started_by_root_the_key_is_out_of_reach_of_who_answers(tmp_path: Path) 
         if parent.stat().st_mode & 0o001 == 0 and parent.is_relative_to("/tmp"):
             os.chmod(parent, 0o711)
     assert subprocess.run(read, **theirs, capture_output=True, check=False).stdout == b"secret", "else it says nothing"
-    keep_from_others(folder)
+    keep_from_others(folder, 65534)
     assert subprocess.run(read, **theirs, capture_output=True, check=False).stdout == b""
     os.chown(site_yaml, 0, 0)
     assert answering_user(site_yaml) == {}

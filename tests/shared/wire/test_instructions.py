@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from server.centre.authority import Pair, issue_server, issue_signer, make_authority, read_certificate
 from shared.wire.instructions import AHEAD_S, LONGEST_S, InstructionError, RepeatedError, Signer, open_instruction
 
-SITE = "hospital-01"
+SITE, CONFIG = "hospital-01", "c" * 64
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,15 @@ def new(nonce: str, until: float) -> bool:
 
 
 def opened(message: Message, trusted: x509.Certificate, site: str = SITE, now: float | None = None) -> Message:
-    return open_instruction(message, trusted, site, new, now)
+    found, config = open_instruction(message, trusted, site, new, now)
+    assert config == CONFIG
+    return found
 
 
 def test_what_the_centre_signed_is_opened_without_its_signature(signer: Signer, trusted: x509.Certificate) -> None:
     message = instruction()
     before = message.content.object_id
-    signer.sign(message, SITE)
+    signer.sign(message, SITE, CONFIG)
     assert message.content.keys() == {"arrays", "config", "signature"}
     assert opened(message, trusted).content.object_id == before
 
@@ -72,7 +74,7 @@ def test_what_the_centre_signed_is_opened_without_its_signature(signer: Signer, 
 def test_an_empty_instruction_is_signed_too(signer: Signer, trusted: x509.Certificate) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 17, 1
     message = Message(RecordDict(), dst_node_id=5, message_type="query.hello")
-    signer.sign(message, SITE)
+    signer.sign(message, SITE, CONFIG)
     assert dict(opened(message, trusted).content) == {}
 
 
@@ -90,6 +92,7 @@ def set_metadata(message: Message, **values: object) -> None:
         lambda m: m.content["arrays"].update({"a": Array(np.full(3, 2.0, np.float32))}),
         lambda m: m.content["signature"].update({"issued": time.time() - 1}),
         lambda m: m.content["signature"].update({"nonce": "0" * 32}),
+        lambda m: m.content["signature"].update({"config": "0" * 64}),
         lambda m: m.content["signature"].update({"signature": m.content["signature"]["signature"][:-1] + b"\0"}),
         lambda m: set_metadata(m, run_id=18),
         lambda m: set_metadata(m, message_type="evaluate"),
@@ -99,7 +102,7 @@ def test_whatever_is_altered_the_instruction_is_refused(
     signer: Signer, trusted: x509.Certificate, change: object
 ) -> None:
     message = instruction()
-    signer.sign(message, SITE)
+    signer.sign(message, SITE, CONFIG)
     change(message)
     with pytest.raises(InstructionError, match="altered, or is for another site or run"):
         opened(message, trusted)
@@ -107,7 +110,7 @@ def test_whatever_is_altered_the_instruction_is_refused(
 
 def test_an_instruction_for_one_site_is_none_for_another(signer: Signer, trusted: x509.Certificate) -> None:
     message = instruction()
-    signer.sign(message, SITE)
+    signer.sign(message, SITE, CONFIG)
     with pytest.raises(InstructionError, match="another site"):
         opened(message, trusted, site="hospital-02")
 
@@ -135,7 +138,7 @@ def test_only_a_key_that_the_authority_issued_for_instructions_signs(
         (expired, "has expired"),
     ):
         message = instruction()
-        Signer(*pair.load()).sign(message, SITE)
+        Signer(*pair.load()).sign(message, SITE, CONFIG)
         with pytest.raises(InstructionError, match=told):
             opened(message, trusted)
 
@@ -143,7 +146,7 @@ def test_only_a_key_that_the_authority_issued_for_instructions_signs(
 def test_an_instruction_counts_for_some_hours(signer: Signer, trusted: x509.Certificate) -> None:
     for offset, good in ((0.0, True), (LONGEST_S - 60, True), (LONGEST_S + 60, False), (-AHEAD_S - 60, False)):
         message = instruction()
-        signer.sign(message, SITE)
+        signer.sign(message, SITE, CONFIG)
         if good:
             opened(message, trusted, now=time.time() + offset)
         else:
@@ -158,7 +161,7 @@ def test_an_instruction_is_answered_once(signer: Signer, trusted: x509.Certifica
         return known.setdefault(nonce, until) == until and len(known) == 1
 
     message = instruction()
-    signer.sign(message, SITE)
+    signer.sign(message, SITE, CONFIG)
     record = message.content["signature"]
     open_instruction(message, trusted, SITE, first_time)
     assert list(known.values()) == [record["issued"] + LONGEST_S]
@@ -170,7 +173,7 @@ def test_an_instruction_is_answered_once(signer: Signer, trusted: x509.Certifica
 def test_a_refused_instruction_is_not_remembered(signer: Signer, trusted: x509.Certificate) -> None:
     """Else whoever alters a copy could make the hospital refuse the true one."""
     message = instruction()
-    signer.sign(message, "hospital-02")
+    signer.sign(message, "hospital-02", CONFIG)
     with pytest.raises(InstructionError, match="another site"):
         open_instruction(message, trusted, SITE, lambda nonce, until: pytest.fail("remembered"))
 
@@ -179,7 +182,7 @@ VALUES = st.one_of(st.binary(max_size=40), st.text(max_size=40), st.integers(0, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(values=st.dictionaries(st.sampled_from(["signature", "certificate", "issued", "nonce", "x"]), VALUES))
+@given(values=st.dictionaries(st.sampled_from(["signature", "certificate", "issued", "nonce", "config", "x"]), VALUES))
 def test_whatever_stands_in_the_signature_it_is_refused_in_words(values: dict, trusted: x509.Certificate) -> None:
     message = instruction()
     message.content["signature"] = ConfigRecord(values)
