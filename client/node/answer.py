@@ -32,7 +32,7 @@ from client.boundary.code import CodeError, read_bundle
 from client.boundary.policy import admit_code
 from client.node.frames import reply_frames
 from client.node.parts import bounded_memory, check_parts
-from client.node.program import Task
+from client.node.task import Task
 from shared.config import ConfigError, config_digest, parse_config
 from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site

@@ -19,7 +19,8 @@ from pathlib import Path
 from client.boundary.code import ROOT, code_hash
 from client.node.frames import FrameError, receive_frames, send_frames
 from client.node.private import answering_owner
-from client.node.program import CANNOT_FORK, READY, Task
+from client.node.program import CANNOT_FORK, READY
+from client.node.task import Task
 from shared.host.processes import end_owned, flower_environment
 
 START_S = 600.0  # importing torch on a busy machine has taken a minute

@@ -24,7 +24,7 @@ from client.node.calls import CentreFaultError, ConnectionLostError, NodeError, 
 from client.node.connection import Connection, Order, check_metadata, error_frames, message_text
 from client.node.enrol import Centre, read_authority, read_known_centre
 from client.node.private import answering_owner, keep_from_others
-from client.node.program import Task, make_place
+from client.node.task import Task, make_place
 from shared.host.processes import HeldError, end_owned, hold
 from shared.host.rights import user_name
 from shared.host.systemd import unit_text

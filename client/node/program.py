@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import array
 import gc
-import json
 import logging
 import os
 import signal
@@ -21,57 +20,17 @@ import socket
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from client.boundary.code import CodeError, InstalledOnly, code_hash, installed_places
-from client.node.frames import FrameError, receive_frames, send_frames
+from client.node.frames import receive_frames, send_frames
+from client.node.task import Task
 
 READY = b"ready"
 CANNOT_FORK = b"cannot fork"
 # All that an answer needs. torch.optim imports torch._dynamo at its first step, which takes seconds.
 _NEEDED = ("client.node.answer", "torch._dynamo", "torch.utils.serialization", "encodings.cp437")
 log = logging.getLogger("hemafed.client")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One message and what is needed to answer it, as frames.
-
-    Attributes:
-      place: site_yaml, node_id, task_id and the authority's certificate in PEM, as JSON.
-      run: Flower's Run, serialised.
-      bundle: the run's app bundle.
-      tree: Flower's ObjectTree of the message, serialised.
-      objects: contents of the tree's objects.
-    """
-
-    place: bytes
-    run: bytes
-    bundle: bytes
-    tree: bytes
-    objects: tuple[bytes, ...]
-
-    def frames(self) -> list[bytes]:
-        """As they are sent."""
-        return [self.place, self.run, self.bundle, self.tree, *self.objects]
-
-    @classmethod
-    def of(cls, frames: list[bytes]) -> Task:
-        """The inverse of `frames`.
-
-        Raises:
-          FrameError: there are too few.
-        """
-        if len(frames) < 5:
-            raise FrameError(f"a message in {len(frames)} parts, expected at least 5")
-        return cls(*frames[:4], tuple(frames[4:]))
-
-
-def make_place(site_yaml: Path, node_id: int, authority: str) -> bytes:
-    """The first frame of a task."""
-    return json.dumps({"site_yaml": str(site_yaml), "node_id": node_id, "authority": authority}).encode()
 
 
 def main() -> None:

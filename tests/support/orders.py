@@ -19,7 +19,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.boundary.code import ROOT, CodeError, read_bundle
-from client.node.program import Task, make_place
+from client.node.task import Task, make_place
 from server.centre.authority import Pair, issue_signer, make_authority, read_certificate
 from shared.config import ConfigError, config_digest, parse_config
 from shared.wire.instructions import Signer

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from client.boundary.audit import read_entries, verify
 from client.boundary.code import code_hash
 from client.node.answer import ANSWERED, MOST_ANSWERED, answer, first_time
-from client.node.program import Task
+from client.node.task import Task
 from shared.refusals import TEXTS
 from shared.site import read_site
 from shared.wire.instructions import InstructionError

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from client.node.answer import _inflate
 from client.node.parts import MOST_INFLATED, PartsError, bounded_memory, check_parts
-from client.node.program import Task
+from client.node.task import Task
 from tests.support.orders import Sender
 
 MB = 1 << 20
