@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from shared.config import ConfigError, RunConfig, parse_config
-from simulations.phantom.write_hospitals import VERSION
+from simulations.phantom.render import DRAWING
 from simulations.studies.consortia import consortium
 from simulations.studies.training import ATTACKS, MODES, StudyError
 
@@ -26,6 +26,9 @@ STORE = ROOT / ".studies"
 HEADS = ("average", "ensemble", "probe")
 ADAPTATIONS = ("none", "calibration", "reconstruction")
 MEASURES = ("attention", "reliance", "similarity", "cosines", "ceiling")
+# Run config keys that came after results were stored, each with the value that computes what was computed without it.
+# With that value a key is no part of a recipe, so that those results stay valid.
+LATER_KEYS: dict[str, object] = {"federation.weights": "equal"}
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class Job:
         """All that decides the result."""
         against = [asdict(self.experiment.arm(self.arm.against))] if self.arm.against else []
         hospitals = consortium(self.arm.consortium)
-        decisive = {"arm": asdict(self.arm), "against": against, "seed": self.seed, "phantom": VERSION}
-        decisive["config"] = self.arm.run_config(self.seed).flat()
+        decisive = {"arm": asdict(self.arm), "against": against, "seed": self.seed, "phantom": DRAWING}
+        flat = self.arm.run_config(self.seed).flat()
+        decisive["config"] = {k: v for k, v in flat.items() if k not in LATER_KEYS or v != LATER_KEYS[k]}
         decisive["training"] = [asdict(h) for h in hospitals.training]
         decisive["tests"] = {group: [asdict(h) for h in sites] for group, sites in hospitals.tests.items()}
         return decisive
@@ -160,7 +164,7 @@ class Training:
         """Where the trained model is kept."""
         decisive = asdict(self)  # by whom it is trained on, not by the consortium's name
         decisive["consortium"] = [asdict(h) for h in consortium(self.consortium).training if h.number in self.hospitals]
-        return store / "models" / _digest([decisive, VERSION])
+        return store / "models" / _digest([decisive, DRAWING])
 
 
 def _digest(content: object) -> str:
