@@ -31,8 +31,10 @@ from simulations.phantom.physics import physics_table
 from simulations.phantom.write_hospitals import write_hospitals
 from simulations.rehearsal.federation import FederationError
 from simulations.rehearsal.superlink import SimulationError, run_app, start_superlink
-from simulations.studies.design import STORE, all_experiments, jobs, read_experiment, run_jobs
-from simulations.studies.tables import state, write_tables
+from simulations.studies.design import STORE, all_experiments, jobs, read_experiment
+from simulations.studies.experiments_page import write_tables
+from simulations.studies.results import state
+from simulations.studies.runner import run_jobs
 from simulations.studies.training import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -53,24 +53,3 @@ def mean(total: WeightedSum) -> dict[str, NDArray[np.float32]]:
     if not total.weight:
         raise UpdateError("no update to average; expected at least one")
     return {name: (value / total.weight).astype(np.float32) for name, value in total.arrays.items()}
-
-
-def adjust_weights(weights: dict[str, float], gaps: dict[str, float], step: float) -> dict[str, float]:
-    """Give more weight in the mean to sites on which the global model is worse than the site's own.
-
-    Args:
-      weights: site -> weight; they sum to 1.
-      gaps: site -> loss of the global model minus loss of the site's own, on the same slices.
-      step: largest change of a weight, unitless; it should fall over the rounds.
-    Returns:
-      New weights that sum to 1; a site's is never below a tenth of its even share, so that none is left out.
-    Source: FedDG-GA, Zhang et al. 2023 (CVPR, "Federated Domain Generalization with Generalization Adjustment"), eq. 8.
-    """
-    centre = sum(gaps.values()) / len(gaps)
-    widest = max(abs(gap - centre) for gap in gaps.values())
-    if not widest:
-        return dict(weights)
-    least = 0.1 / len(weights)
-    moved = {site: max(weights[site] + step * (gaps[site] - centre) / widest, least) for site in weights}
-    whole = sum(moved.values())
-    return {site: value / whole for site, value in moved.items()}

@@ -30,8 +30,7 @@ from shared.slices import SliceCache
 from simulations.phantom.dicom_export import slice_place
 from simulations.phantom.hospitals import Hospital
 from simulations.phantom.patient import sample_patient
-from simulations.phantom.render import MATRIX, Slice, render_slice, with_feature
-from simulations.phantom.write_hospitals import VERSION
+from simulations.phantom.render import DRAWING, MATRIX, Slice, render_slice, with_feature
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _patient_name(hospital: Hospital, number: int) -> str:
 
 def _folder(store: Path, hospital: Hospital, seed: int, view: View) -> Path:
     """Named by all that decides the slices."""
-    decisive = {"version": VERSION, "seed": seed, **asdict(view), **asdict(hospital)}
+    decisive = {"version": DRAWING, "seed": seed, **asdict(view), **asdict(hospital)}
     for key in ("maker", "transfer_syntax", "role"):
         del decisive[key]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]

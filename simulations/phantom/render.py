@@ -24,6 +24,7 @@ from simulations.phantom.patient import FEATURES, Blob, Patient
 
 Array = NDArray[np.float32]
 
+DRAWING = 9  # raised with every change of a drawn slice; results stored with another number are not used
 MATRIX = 512  # pixels of a slice's side
 _RENDER = 256  # anatomy is drawn at half resolution: every scanner's blur is wider than a drawn pixel
 _SUBPLANES = 4  # planes of the hematoma averaged over the slice thickness (partial volume)

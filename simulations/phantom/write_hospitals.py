@@ -23,10 +23,10 @@ from shared.site import SiteError
 from simulations.phantom.dicom_export import ct_image, segmentation, uid
 from simulations.phantom.hospitals import HOSPITALS, Hospital
 from simulations.phantom.patient import sample_patient
-from simulations.phantom.render import render_slice, with_feature
+from simulations.phantom.render import DRAWING, render_slice, with_feature
 
 MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
-VERSION = 10  # of what is written; a folder of another version is written anew
+VERSION = 10  # of the files beside the slices; a folder of another version, or drawing, is written again
 
 
 def write_hospitals(
@@ -53,7 +53,8 @@ def write_hospitals(
         for hospital in hospitals:
             folder = root / hospital.name
             stamp = folder / "phantom.json"
-            content = json.dumps({"version": VERSION, "seed": seed, **asdict(hospital)}, sort_keys=True, indent=1)
+            versions = {"version": VERSION, "drawing": DRAWING}
+            content = json.dumps({**versions, "seed": seed, **asdict(hospital)}, sort_keys=True, indent=1)
             if stamp.is_file() and stamp.read_text() == content:
                 progress(hospital.name, hospital.patients, hospital.patients)
                 continue

@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import time
 import tomllib
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
 from shared.config import ConfigError, RunConfig, parse_config
-from simulations.phantom.write_hospitals import VERSION
+from simulations.phantom.render import DRAWING
 from simulations.studies.consortia import consortium
 from simulations.studies.training import ATTACKS, MODES, StudyError
 
@@ -35,6 +26,9 @@ STORE = ROOT / ".studies"
 HEADS = ("average", "ensemble", "probe")
 ADAPTATIONS = ("none", "calibration", "reconstruction")
 MEASURES = ("attention", "reliance", "similarity", "cosines", "ceiling")
+# Run config keys that came after results were stored, each with the value that computes what was computed without it.
+# With that value a key is no part of a recipe, so that those results stay valid.
+LATER_KEYS: dict[str, object] = {"federation.weights": "equal"}
 
 
 @dataclass(frozen=True)
@@ -127,8 +121,9 @@ class Job:
         """All that decides the result."""
         against = [asdict(self.experiment.arm(self.arm.against))] if self.arm.against else []
         hospitals = consortium(self.arm.consortium)
-        decisive = {"arm": asdict(self.arm), "against": against, "seed": self.seed, "phantom": VERSION}
-        decisive["config"] = self.arm.run_config(self.seed).flat()
+        decisive = {"arm": asdict(self.arm), "against": against, "seed": self.seed, "phantom": DRAWING}
+        flat = self.arm.run_config(self.seed).flat()
+        decisive["config"] = {k: v for k, v in flat.items() if k not in LATER_KEYS or v != LATER_KEYS[k]}
         decisive["training"] = [asdict(h) for h in hospitals.training]
         decisive["tests"] = {group: [asdict(h) for h in sites] for group, sites in hospitals.tests.items()}
         return decisive
@@ -169,7 +164,7 @@ class Training:
         """Where the trained model is kept."""
         decisive = asdict(self)  # by whom it is trained on, not by the consortium's name
         decisive["consortium"] = [asdict(h) for h in consortium(self.consortium).training if h.number in self.hospitals]
-        return store / "models" / _digest([decisive, VERSION])
+        return store / "models" / _digest([decisive, DRAWING])
 
 
 def _digest(content: object) -> str:
@@ -265,86 +260,3 @@ def jobs(experiment: Experiment) -> Iterator[Job]:
     for seed in experiment.seeds:
         for arm in experiment.arms:
             yield Job(experiment, arm, seed)
-
-
-@cache
-def machine() -> dict[str, str]:
-    """What the experiments ran on."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"processor": model, "cores": str(os.cpu_count()), "accelerator": accelerator, "torch": torch.__version__}
-
-
-def commit() -> str:
-    """The commit of the code, with "+" where files differ from it."""
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True).strip()
-        changed = subprocess.check_output(
-            ["git", "status", "--porcelain", "--", "shared", "client", "server", "simulations/*.py"],
-            cwd=ROOT,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed.strip() else "")
-
-
-def run_jobs(
-    wanted: list[Job],
-    store: Path = STORE,
-    workers: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Run what is not stored yet.
-
-    Draws the hospitals, trains what is missing and measures an arm as soon as its models are there; each piece on its own
-    core. What is finished is on disk at once, so that a stopped run goes on where it was.
-
-    Args:
-      wanted: jobs; those with a stored result of their recipe are left alone.
-      store: folder of drawn hospitals and trained models.
-      workers: processes of one thread each; by default one per core, one where there is an accelerator.
-      say: told a line per finished piece.
-    """
-    from simulations.studies.trials import (  # imports torch and all; the workers need it too
-        draw_for,
-        measure_job,
-        train_one,
-    )
-
-    left = [job for job in wanted if not job.done()]
-    say(f"{len(wanted) - len(left)} of {len(wanted)} results are stored")
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    draw_for(left, store, say)
-    missing = {t.folder(store): t for job in left for t in trainings(job) if not t.folder(store).is_dir()}
-    pieces, done, started = len(missing) + len(left), 0, time.monotonic()
-    running: set[Future] = set()
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_one_thread) as pool:
-        try:
-            while missing or left or running:
-                ready = [job for job in left if all(t.folder(store).is_dir() for t in trainings(job))]
-                while len(running) < workers and (ready or missing):
-                    if ready:
-                        left.remove(ready[0])
-                        running.add(pool.submit(measure_job, ready.pop(0), store, commit()))
-                    else:
-                        running.add(pool.submit(train_one, missing.pop(next(iter(missing))), store))
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done += 1
-                    left_min = (time.monotonic() - started) / done * (pieces - done) / 60
-                    say(f"{done} of {pieces}: {future.result()}; about {left_min:.0f} min left")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _one_thread() -> None:
-    """Small models waste a second core's time; two trainings side by side do not."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)

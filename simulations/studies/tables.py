@@ -1,81 +1,15 @@
-"""Stored results to tables: EXPERIMENTS.md and the heads of the experiments' files.
-
-Every number comes from simulations/results; intervals are percentile bootstraps over patients, drawn within each hospital
-and seed, of the mean over seeds. The draws depend on hospital and seed alone, so that two arms are compared on the same
-patients and a difference has an interval of its own.
-"""
+"""Make the tables of experiments from their stored results, in Markdown."""
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shared.metrics import Counts, auc, best_threshold, count_scores, f1, merge_counts
-from simulations.phantom.hospitals import Hospital
-from simulations.studies.consortia import consortium
-from simulations.studies.design import FOLDER, ROOT, Arm, Experiment, Job, all_experiments, jobs
-from simulations.studies.measures import REGIONS, scores_from_json
-
-REPLICATES = 1000
-PAGE = ROOT / "EXPERIMENTS.md"
-Rows = NDArray[np.float64]  # (REPLICATES + 1,): the value, then its bootstrap samples
-
-
-@dataclass(frozen=True)
-class Result:
-    """Stored results of one arm, one per seed, in order of the seeds."""
-
-    seeds: tuple[int, ...]
-    contents: tuple[dict, ...]
-
-    def rows(self, group: str, metric: str = "auc") -> Rows:
-        """A metric of a group of hospitals, mean over seeds, with its bootstrap samples."""
-        return np.mean([_rows(c["measures"]["scores"], group, metric, seed) for seed, c in self._pairs()], axis=0)
-
-    def _pairs(self) -> Iterable[tuple[int, dict]]:
-        return zip(self.seeds, self.contents, strict=True)
-
-
-def read_result(experiment: Experiment, arm: str) -> Result | None:
-    """What is stored of an arm by the present recipe; None if nothing is."""
-    found = [
-        (job.seed, json.loads(job.result.read_text())) for job in jobs(experiment) if job.arm.name == arm and job.done()
-    ]
-    return Result(*zip(*found, strict=True)) if found else None
-
-
-def _rows(scores: dict, group: str, metric: str, seed: int) -> Rows:
-    """A metric with its bootstrap samples, from one seed's stored scores."""
-    return _metrics(json.dumps(scores[group], sort_keys=True), json.dumps(scores.get("val"), sort_keys=True), seed)[
-        metric
-    ]
-
-
-@cache  # of metrics: tallies of all results would take 16 MB a hospital
-def _metrics(content: str, validation: str, seed: int) -> dict[str, Rows]:
-    """Metrics of a group of hospitals, each with its bootstrap samples; F1 at the threshold that validation chooses."""
-    tally = _tally(content, seed, REPLICATES)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        metrics = {"auc": auc(tally.counts), "dice": tally.dice_sum / tally.dice_slices}
-    if validation != "null":
-        metrics["f1"] = f1(tally.counts, best_threshold(_tally(validation, seed, 0).counts[0]))
-    return metrics
-
-
-def _tally(content: str, seed: int, replicates: int) -> Counts:
-    """Counts of hospitals together; the same draws of each one's patients for every arm."""
-    return merge_counts(
-        count_scores(scores_from_json(one), replicates, np.random.default_rng([zlib.crc32(name.encode()), seed]))
-        for name, one in json.loads(content).items()
-    )
+from simulations.studies.design import Experiment
+from simulations.studies.measures import REGIONS
+from simulations.studies.results import Result, Rows, _rows, read_result
 
 
 def text(rows: Rows, signed: bool = False, digits: int = 3) -> str:
@@ -270,91 +204,3 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
     "similarity": similarity_table,
     "groups": groups_table,
 }
-
-
-def write_tables() -> Path:
-    """Write EXPERIMENTS.md and the heads of the experiments' files from the stored results."""
-    parts = [
-        (
-            "# Experiments\n\nMade by `hemafed-sim table` from simulations/results; do not edit. Synthetic patients: these numbers "
-            "compare methods, they say nothing about accuracy on patients. Intervals: 95 %, bootstrap over patients within each "
-            'hospital and seed, of the mean over seeds; in brackets with "to": range over seeds. Each seed draws new patients '
-            "and new initial weights.\n\n" + _ground()
-        )
-    ]
-    for experiment in all_experiments():
-        parts.append(_section(experiment))
-        _write_head(experiment)
-    PAGE.write_text("\n\n".join(parts) + "\n")
-    return PAGE
-
-
-def _ground() -> str:
-    """What every arm begins with, in words."""
-    arm, group = Arm(""), consortium("hospitals")
-    config, (name, unseen) = arm.run_config(0), next(iter(group.tests.items()))
-    loss = ", ".join(f"{getattr(config.loss, task):g} {task}" for task in ("cls", "seg", "rec"))
-    return (
-        f"Unless an arm says otherwise: model `{config.model.variant}`, loss {loss}, {arm.steps:,} steps of {config.train.batch} slices, "
-        f"{arm.mode}: one model on the slices of all {len(group.training)} training hospitals together "
-        f"({_patients(group.training)} patients, of whom a quarter is the group seen), tested on {len(unseen)} {name} hospitals "
-        f"({_patients(unseen)} patients); augmentation `{config.train.augment}`, which imitates no scanner. README's table comes from "
-        "another recipe, simulations/demo.toml: scanner augmentation and more steps. Arms with other steps are not to be compared "
-        "across experiments."
-    )
-
-
-def _patients(hospitals: Iterable[Hospital]) -> int:
-    return sum(hospital.patients for hospital in hospitals)
-
-
-def _section(experiment: Experiment) -> str:
-    """One experiment of the page."""
-    finding = f"\n\n**Found.** {experiment.finding}" if experiment.finding else ""
-    steps = {arm.steps for arm in experiment.arms} - {Arm("").steps}
-    other = f" {' or '.join(f'{n:,}' for n in sorted(steps))} steps a site." if steps else ""
-    return (
-        f"## {experiment.title}\n\n{experiment.question}\n\n**Expected.** {experiment.expected}{finding}\n\n"
-        f"`hemafed-sim run {experiment.name}`: {_cost(experiment)}{other}\n\n{TABLES[experiment.table](experiment)}"
-    )
-
-
-def _cost(experiment: Experiment) -> str:
-    """Where and how long it ran, and how much of it is stored."""
-    every = list(jobs(experiment))
-    contents = [json.loads(job.result.read_text()) for job in every if job.done()]
-    state = f"{len(contents)} of {len(every)} results stored"
-    if not contents:
-        return state
-    machine = contents[0]["machine"]
-    commits = ", ".join(sorted({c["commit"] for c in contents}))
-    minutes = sum(c["seconds"] for c in contents) / 60
-    return (
-        f"{state}, {minutes:.0f} minutes of training one after the other, a thread each, on {machine['processor']} "
-        f"({machine['cores']} cores, accelerator {machine['accelerator']}); commit {commits}."
-    )
-
-
-def _write_head(experiment: Experiment) -> None:
-    """The comment at the top of an experiment's file: question, command, cost, result, expectation."""
-    path: Path = FOLDER / f"{experiment.name}.toml"
-    body = path.read_text().splitlines()
-    while body and (body[0].startswith("#") or not body[0].strip()):
-        body.pop(0)
-    head = [
-        f"Question: {experiment.question}",
-        f"Command:  hemafed-sim run {experiment.name}",
-        f"Cost:     {_cost(experiment)}",
-        f"Expected: {experiment.expected}",
-        f"Found:    {experiment.finding or 'not yet told'}",
-        "Result, made by hemafed-sim table:",
-        *TABLES[experiment.table](experiment).splitlines(),
-    ]
-    path.write_text("\n".join(f"# {line}".rstrip() for line in head) + "\n\n" + "\n".join(body) + "\n")
-
-
-def state(experiment: Experiment) -> tuple[int, int, int]:
-    """Results that are stored, that are stored but of another recipe, and that are wanted."""
-    every: list[Job] = list(jobs(experiment))
-    done = sum(job.done() for job in every)
-    return done, sum(job.result.is_file() for job in every) - done, len(every)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from client.training.round import Learner, build_learner, train_round, training_inputs
-from server.federation.aggregate import WeightedSum, adjust_weights, fold, mean
+from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.robust import combine, is_plain
 from server.federation.server_step import server_step
 from server.storage.checkpoint import Moments, read_tensors, write_tensors
@@ -147,6 +147,27 @@ def train(
         heads = {name: to_arrays(learners[name].model.state_dict(), ("cls", "seg", "rec")) for name in names}
     encoder = {n: v for n, v in arrays.items() if n.startswith("encoder.")}
     return Trained(encoder, heads, trace, time.perf_counter() - started, images)
+
+
+def adjust_weights(weights: dict[str, float], gaps: dict[str, float], step: float) -> dict[str, float]:
+    """Give more weight in the mean to sites on which the global model is worse than the site's own.
+
+    Args:
+      weights: site -> weight; they sum to 1.
+      gaps: site -> loss of the global model minus loss of the site's own, on the same slices.
+      step: largest change of a weight, unitless; it should fall over the rounds.
+    Returns:
+      New weights that sum to 1; a site's is never below a tenth of its even share, so that none is left out.
+    Source: FedDG-GA, Zhang et al. 2023 (CVPR, "Federated Domain Generalization with Generalization Adjustment"), eq. 8.
+    """
+    centre = sum(gaps.values()) / len(gaps)
+    widest = max(abs(gap - centre) for gap in gaps.values())
+    if not widest:
+        return dict(weights)
+    least = 0.1 / len(weights)
+    moved = {site: max(weights[site] + step * (gaps[site] - centre) / widest, least) for site in weights}
+    whole = sum(moved.values())
+    return {site: value / whole for site, value in moved.items()}
 
 
 def _attacked(update: Tensors, start: Tensors, factor: float) -> Tensors:

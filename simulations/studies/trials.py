@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from server.federation.heads import fit_probe
 from shared.config import RunConfig, parse_config
@@ -23,7 +26,7 @@ from simulations.phantom.hospitals import Hospital
 from simulations.studies.adapting import brain_level_hu, calibrated, retrained
 from simulations.studies.ceiling import fit_radiomics, oracle_scores, radiomics, radiomics_scores
 from simulations.studies.consortia import DEVELOPMENT, Consortium, consortium
-from simulations.studies.design import Arm, Job, Training, machine, trainings
+from simulations.studies.design import Arm, Job, Training, trainings
 from simulations.studies.measures import (
     Voter,
     attention,
@@ -253,3 +256,16 @@ def _store(job: Job, config: RunConfig, commit: str, trained: list[Trained], mea
     partial = job.result.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(content, separators=(",", ":")))
     os.replace(partial, job.result)
+
+
+@functools.cache
+def machine() -> dict[str, str]:
+    """What the experiments ran on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"processor": model, "cores": str(os.cpu_count()), "accelerator": accelerator, "torch": torch.__version__}

@@ -12,8 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 import simulations.studies.consortia as consortia
 import simulations.studies.design as experiments
+import simulations.studies.experiments_page as experiments_page
+import simulations.studies.runner as runner
 import simulations.studies.tables as tables
-import simulations.studies.trials as trials
 from server.storage.checkpoint import load_checkpoint
 from shared.config import parse_config
 from simulations.phantom.hospitals import HOSPITALS
@@ -27,11 +28,12 @@ from simulations.studies.design import (
     all_experiments,
     jobs,
     read_experiment,
-    run_jobs,
     trainings,
 )
-from simulations.studies.tables import read_result, scores_table, state, text
-from simulations.studies.training import StudyError, pool, read_trained, save_trained, train, with_steps
+from simulations.studies.results import read_result, state
+from simulations.studies.runner import run_jobs
+from simulations.studies.tables import scores_table, text
+from simulations.studies.training import StudyError, adjust_weights, pool, read_trained, save_trained, train, with_steps
 from tests.conftest import SmallHospitals, small_config
 from tests.support.loopback import LoopbackGrid, run_server
 
@@ -71,8 +73,6 @@ def test_pooled_hospitals_keep_all_slices_and_splits(hospitals: SmallHospitals) 
 
 
 def test_equal_weights_without_gaps_and_more_weight_where_the_global_model_is_worse() -> None:
-    from server.federation.aggregate import adjust_weights
-
     even = {"a": 0.25, "b": 0.25, "c": 0.5}
     assert adjust_weights(even, dict.fromkeys(even, 0.3), 0.1) == even
     moved = adjust_weights(even, {"a": 2.0, "b": 1.0, "c": 0.0}, 0.1)  # centre 1, widest 1
@@ -189,8 +189,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setattr(consortia, "HELD_OUT", tuple(replace(h, patients=6) for h in few[4:6]))
     monkeypatch.setattr(experiments, "FOLDER", tmp_path / "experiments")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(tables, "FOLDER", tmp_path / "experiments")
-    monkeypatch.setattr(tables, "PAGE", tmp_path / "EXPERIMENTS.md")
+    monkeypatch.setattr(experiments_page, "FOLDER", tmp_path / "experiments")
+    monkeypatch.setattr(experiments_page, "PAGE", tmp_path / "EXPERIMENTS.md")
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "tiny.toml").write_text(TINY)
     return read_experiment("tiny")
@@ -243,7 +243,7 @@ def test_an_experiment_runs_resumes_and_makes_its_table(
     # The page and the files' heads, twice the same; every table can be made.
     pages = []
     for _ in range(2):
-        pages.append(tables.write_tables().read_text() + (experiments.FOLDER / "tiny.toml").read_text())
+        pages.append(experiments_page.write_tables().read_text() + (experiments.FOLDER / "tiny.toml").read_text())
     assert pages[0] == pages[1]
     assert "6 of 12 results stored" in pages[0]
     assert read_experiment("tiny") == tiny
@@ -283,10 +283,10 @@ def test_an_arm_is_measured_as_soon_as_its_models_are_there(
         return work
 
     # The order of the pieces alone: threads in place of processes, and pieces that only take note.
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(trials, "draw_for", lambda jobs, store, say: None)
-    monkeypatch.setattr(trials, "train_one", note("train"))
-    monkeypatch.setattr(trials, "measure_job", note("measure"))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(runner, "draw_for", lambda jobs, store, say: None)
+    monkeypatch.setattr(runner, "train_one", note("train"))
+    monkeypatch.setattr(runner, "measure_job", note("measure"))
     wanted = [job for job in jobs(tiny) if job.seed == 0]
     said: list[str] = []
     run_jobs(wanted, tmp_path / "store", workers=1, say=said.append)
