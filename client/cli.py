@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from client.boundary.files import private_files
 from client.dicom.elements import Fault, silence_readers
 from client.faults import by_reason
 from client.ingest.ingest import IngestError, IngestReport, ingest
@@ -41,7 +42,7 @@ def ingest_command(
     silence_readers()
     try:
         site = read_site(site_yaml)
-        with Bars(site.name) as bars:
+        with private_files(), Bars(site.name) as bars:
             report = ingest(site, workers, bars.show)
     except (SiteError, IngestError, CacheError) as error:
         fail(error)
@@ -169,7 +170,8 @@ def init_command(
     from client.node.enrol import init_site
 
     try:
-        centre, written = init_site(invitation, site_yaml, request)
+        with private_files():
+            centre, written = init_site(invitation, site_yaml, request)
     except (EnrolError, SiteError, OSError) as error:
         fail(error)
     if written:
@@ -209,7 +211,8 @@ def join_command(
             for command in commands:
                 say(f"    {command}")
             return
-        join(site, site_yaml, say)
+        with private_files():
+            join(site, site_yaml, say)
     except (SiteError, EnrolError, OSError) as error:
         fail(error)
 

@@ -1,9 +1,24 @@
-"""Files of the hospital's state, replaced in one step."""
+"""Files of the hospital's state: its user's alone, and replaced in one step."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Have what this process and its children make belong to its user alone, until the block ends.
+
+    Slices, keys, heads and the audit log would otherwise be readable to every user of the machine.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def replace_bytes(path: Path, content: bytes | memoryview) -> None:

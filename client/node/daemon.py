@@ -200,7 +200,8 @@ def site_unit(site_yaml: Path, user: bool) -> str:
         user="",
         stop_s=60,
         target="default.target" if user else "multi-user.target",
-        extra="" if user else f"# Messages are answered as {owner}, the owner of site.yaml.\n{_HARDENING}",
+        extra="UMask=0077\n"
+        + ("" if user else f"# Messages are answered as {owner}, the owner of site.yaml.\n{_HARDENING}"),
     )
 
 

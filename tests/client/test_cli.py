@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pydicom
@@ -11,6 +13,7 @@ from client.boundary.audit import record
 from client.cli import app, report_text
 from client.dicom.elements import Fault
 from client.ingest.ingest import IngestReport
+from shared.slices import read_cache
 from tests.conftest import SmallHospitals, edit_site
 
 
@@ -36,6 +39,43 @@ def test_ingest_says_what_it_took(copied_hospitals: SmallHospitals) -> None:
     status, text = run("ingest", file)
     assert status == 0
     assert text.endswith("30 with a mask (unchanged)")
+
+
+def test_what_ingest_writes_is_its_users_alone_and_serves_this_user(copied_hospitals: SmallHospitals) -> None:
+    """Slices in a cache that everybody could read; at a hospital a machine has more users than one."""
+    file = copied_hospitals.files["hospital-05"]
+    site = copied_hospitals.site("hospital-05")
+    for folder in (site.cache, site.state):
+        shutil.rmtree(folder, ignore_errors=True)
+    before = os.umask(0o022)
+    try:
+        assert run("ingest", file, "--workers", 1)[0] == 0
+        assert os.umask(0o022) == 0o022, "the process goes on as it was"
+    finally:
+        os.umask(before)
+    made = [path for folder in (site.cache, site.state) for path in (folder, *folder.rglob("*"))]
+    assert len(made) > 4
+    assert {str(path.name): path.stat().st_mode & 0o077 for path in made if path.stat().st_mode & 0o077} == {}
+    if os.geteuid() == 0:
+        _read_as_owner(site.cache, made)
+
+
+def _read_as_owner(cache: Path, made: list[Path]) -> None:
+    """That the owner of these files, who is another user than root, can read a cache."""
+    for path in made:
+        os.chown(path, 65534, 65534)
+    if (child := os.fork()) == 0:
+        try:
+            for parent in cache.parents:
+                if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os._exit(0 if len(read_cache(cache).label) == 30 else 2)
+        except BaseException:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_no_identifier_is_in_the_output(copied_hospitals: SmallHospitals) -> None:

@@ -165,6 +165,7 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, user: bool) -> None:
     unit.write_text(text)
     assert verified(unit, user, tmp_path / "run") == []
     assert f'" "join" "{site_yaml}"\n' in text
+    assert "\nUMask=0077\n" in text
     assert text.endswith(f"WantedBy={'default.target' if user else 'multi-user.target'}\n")
     unit.write_text(text.replace("Restart=always", "Restart=allways"))
     assert any("allways" in line for line in verified(unit, user, tmp_path / "run")), "else the lines above say nothing"
