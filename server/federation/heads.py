@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.robust import combine, is_plain
 from server.federation.roster import Member, QuorumError, content_of, receive
 from shared.config import ConfigError, FederationSettings, RunConfig
 from shared.model.batches import read_batch
@@ -24,7 +25,7 @@ from shared.model.swin import MultiTaskSwin, autocast
 from shared.rules import TENSOR_GROUPS
 from shared.site import read_site
 from shared.slices import SliceCache, read_cache
-from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, part_of
+from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, part_of, to_arrays
 
 HEADS = TENSOR_GROUPS[1:]
 PROBE_BATCH = 32
@@ -50,6 +51,8 @@ def final_heads(
 ) -> dict[str, Tensors]:
     """What the global model uses as heads: name -> tensors; several make an ensemble.
 
+    The average is by federation.rule and federation.norm_bound, as that of a round.
+
     Raises:
       QuorumError: with average or ensemble, fewer hospitals than federation.quorum release their heads.
     """
@@ -69,6 +72,7 @@ def final_heads(
     messages = {m.site: Message(order, dst_node_id=m.node_id, message_type="query.heads") for m in members}
     weights = {m.site: m.weight for m in members}
     total, released, refused = WeightedSum({}), {}, {}
+    each = settings.heads == "ensemble" or not is_plain(settings)
     for site, reply in receive(grid, messages, settings.round_deadline_s):
         try:
             tensors = from_record(
@@ -78,7 +82,7 @@ def final_heads(
             refused[site] = str(error)
             print(f"  {site}: no heads: {error}", flush=True)
             continue
-        if settings.heads == "ensemble":
+        if each:
             released[site] = tensors
         else:
             total = fold(total, tensors, weights[site])
@@ -89,7 +93,15 @@ def final_heads(
             f"heads came from {given} hospitals, federation.quorum is {settings.quorum}; every round is kept: resume the run "
             f"when they release them, or with {PROBE_WORDS}{reasons}"
         )
-    return released if settings.heads == "ensemble" else {"average": mean(total)}
+    if settings.heads == "ensemble":
+        return released
+    if not each:
+        return {"average": mean(total)}
+    # As in a round; all hospitals' heads began as those of the run's initial model.
+    combined = combine(released, weights, to_arrays(model.state_dict(), HEADS), settings)
+    for site, share in combined.shrunk.items():
+        print(f"  {site}: its heads' way from the initial ones was shortened to {share:.2g} of its length", flush=True)
+    return {"average": combined.arrays}
 
 
 def fit_probe(model: MultiTaskSwin, cache: SliceCache, config: RunConfig) -> dict[str, NDArray[np.float32]]:

@@ -53,10 +53,13 @@ def check_tally(tally: Tally, counts: Mapping[str, int]) -> None:
 
     Args:
       tally: as tally_from_record returns it: finite, none negative, of the right shapes.
-      counts: from 'hello'; empty where they are withheld.
+      counts: from 'hello'; empty where they are withheld. The same policy holds counts of scores back, so that an honest
+        hospital sends none then, and there is nothing to compare a liar's with.
     Raises:
-      UpdateError: the hospital does not have so much, or the counts contradict each other.
+      UpdateError: the hospital does not have so much, withheld what it has, or the counts contradict each other.
     """
+    if not counts.keys() >= {"patients", "slices"}:
+        raise UpdateError("counts of scores, and at 'hello' it withheld how many patients and slices it has")
     labelled, masked = int(tally.counts[0].sum()), int(tally.dice_slices[0])
     _check_most("patients", tally.patients, counts)
     _check_most("slices", max(labelled, masked), counts)

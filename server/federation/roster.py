@@ -143,6 +143,10 @@ class Roster:
         free = [m for _, m in sorted(self.members.items()) if m.site not in self.late]
         return [m for m in free if m.role == "train" and m.node_id in online]
 
+    def turned_away(self) -> dict[str, str]:
+        """Site, or node where it is registered as none -> why its answer to 'hello' was not taken."""
+        return {name: why for name, _, why in (text.partition(": ") for text in self.refused.values())}
+
     def fetch_late(self) -> None:
         """Free the hospitals whose late answers have come; a node asked meanwhile would be late again with the next."""
         for site, late in list(self.late.items()):

@@ -154,6 +154,8 @@ def train_round(
     for member in members:
         if member.site not in messages:
             refused[member.site] = "its node went offline before the round began"
+    # Those turned away at 'hello' too: the centre's operator looks at rounds.
+    refused |= {site: why for site, why in session.roster.turned_away().items() if site not in {*sites, *refused}}
     if len(sites) < settings.quorum:
         reasons = "".join(f"\n  site {name!r}: {why}" for name, why in sorted(refused.items()))
         raise QuorumError(
@@ -189,6 +191,8 @@ def _content_from(reply: Message | None, name: str, settings: FederationSettings
 def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int]) -> SiteRound:
     """What a site's reply says beside its update, compared with its counts at 'hello'."""
     tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
+    if not counts:  # withheld at 'hello'; a hospital that releases them since then still takes part
+        tally = None
     if tally is not None:
         check_tally(tally, counts)
     metrics = read_metrics(content)

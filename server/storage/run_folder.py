@@ -28,6 +28,7 @@ from shared.metrics import Tally
 from shared.wire.records import UNREADABLE, tally_from_arrays, tally_to_arrays
 
 DISK_PAUSE_S = 15.0
+LARGEST_TALLY = 64_000_000  # bytes of a file of counts, unpacked
 STAGES = ("initial", "final")
 EXAMPLES = "examples.png"  # in evaluation/: slices of held-out hospitals
 _UNREADABLE = (*UNREADABLE, KeyError, IndexError, zipfile.BadZipFile, zlib.error)  # of a file of several arrays
@@ -264,6 +265,7 @@ def load_tallies(run: Path, stage: str, part: str, model: str = "") -> dict[str,
     tallies = {}
     for path in sorted((run / "evaluation" / stage / part).glob("*.npz")):
         try:
+            _check_size(path)
             with np.load(path) as file:
                 values = {name: file[name] for name in file.files}
             site, tested = (str(values.pop(name)) for name in ("site", "model"))
@@ -280,6 +282,18 @@ def load_tallies(run: Path, stage: str, part: str, model: str = "") -> dict[str,
                 "remove it"
             )
     return tallies
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that unpacks to more than counts can take: 2000 bootstrap samples over 1000 cells have 32 MB.
+
+    Raises:
+      ValueError: it does, by its own list of parts; zipfile reads no part beyond that size.
+    """
+    with zipfile.ZipFile(path) as file:
+        size = sum(part.file_size for part in file.infolist())
+    if size > LARGEST_TALLY:
+        raise ValueError(f"it unpacks to {size / 1e6:.0f} MB, expected at most {LARGEST_TALLY / 1e6:.0f}")
 
 
 def read_summary(run: Path) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def _change(path: Path, change: Callable[[dict], dict]) -> None:
     np.savez_compressed(path, **change(values))
 
 
+def _bomb(file: Path) -> None:
+    """Before: 1.5 MB that were 1.6 GB, read whole before anybody looked."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("counts.npy", "w") as part:
+        for _ in range(200):
+            part.write(bytes(1_000_000))
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -89,6 +97,7 @@ def _change(path: Path, change: Callable[[dict], dict]) -> None:
         (_one_array, r"hospital-05\.npz holds no counts of a test"),
         (_fewer_samples, r"hospital-05\.npz holds no counts of a test .*tally counts: int32 \(5, 2, \d+\)"),
         (_negative, r"hospital-05\.npz holds no counts of a test .*finite values from 0 to"),
+        (_bomb, r"hospital-05\.npz holds no counts of a test \(ValueError: it unpacks to 200 MB"),
         (_other_model, r"hospital-05\.npz is a test of another model \(0123456789ab\) than this run's final one"),
         (Path.unlink, r"counts of \['hospital-05'\] are in one of .*the hospital sends two files"),
     ],

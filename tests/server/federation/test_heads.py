@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from server.evaluation.evaluate import evaluate_unseen
+from server.federation.heads import HEADS
 from server.federation.roster import QuorumError
 from server.storage.checkpoint import load_checkpoint, read_tensors
 from server.storage.run_folder import read_config, read_summary
-from shared.config import ConfigError
+from shared.config import ConfigError, parse_config
+from shared.model.scoring import build_model
+from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.support.loopback import LoopbackGrid, run_server
+from tests.support.loopback import Change, LoopbackGrid, run_server
 from tests.support.rounds import NAMES, run
 
 
@@ -82,6 +85,44 @@ def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_pla
     summary = read_summary(folder)
     assert "unseen" not in summary["evaluation"] | summary["evaluation_before_training"], "it was of other heads"
     assert not (folder / "evaluation" / "examples.png").exists()
+
+
+def pulled_heads(value: float) -> Change:
+    """A third hospital that trains nothing and sends heads of one value."""
+
+    def change(asked: Message, reply: Message) -> Message:
+        kind, facts = asked.metadata.message_type, ConfigRecord({"site": "hospital-05"})
+        if asked.metadata.dst_node_id != 3 or kind not in ("train", "query.heads"):
+            return reply
+        if kind == "train":
+            return Message(RecordDict({"update": asked.content["arrays"], "facts": facts}), reply_to=asked)
+        state = build_model(parse_config(small_config()).model, 0).state_dict()
+        heads = {name: np.full_like(tensor, value) for name, tensor in to_arrays(state, HEADS).items()}
+        return Message(RecordDict({"update": to_record(heads), "facts": facts}), reply_to=asked)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("keys", "largest"),
+    [
+        ({"federation__rule": "median"}, 50),
+        ({"federation__norm_bound": 1.0}, 50),
+        ({}, 1e5),  # the plain mean takes what it is given
+    ],
+)
+def test_heads_are_combined_by_the_rule_of_the_rounds(
+    copied_hospitals: SmallHospitals, tmp_path: Path, keys: dict[str, object], largest: float
+) -> None:
+    """Before: with a median and a bound, heads of 1e8 from one of five hospitals were averaged in all the same."""
+    edit_site(copied_hospitals.files["hospital-05"], role="train")
+    flat = small_config(run__folder=str(tmp_path), federation__rounds=1, federation__quorum=3, **keys)
+    sites = [copied_hospitals.files[name] for name in (*NAMES, "hospital-05")]
+    run_server(LoopbackGrid(sites, flat, change=pulled_heads(9e5)), flat)
+    heads, _ = read_tensors(tmp_path / "latest" / "checkpoint" / "heads-final-average.safetensors")
+    most = max(float(np.abs(value).max()) for value in heads.values())
+    assert (most > largest) if not keys else (most < largest)
+    assert all((value >= 0).all() for name, value in heads.items() if name.endswith("running_var"))
 
 
 def test_heads_that_do_not_come_stop_the_run_with_the_reason(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def changed(row: int, place: tuple[int, int], value: int) -> Tally:
 
 
 def test_what_an_honest_hospital_counts_is_taken_whatever_it_withholds() -> None:
+    check_tally(honest(), COUNTS)
+    check_tally(honest(0), COUNTS)
+    check_tally(honest(), {"patients": 20, "slices": 60})
     for counts in (COUNTS, {}, {"patients": 20}):
-        check_tally(honest(), counts)
-        check_tally(honest(0), counts)
         check_metrics({"slices": 240.0, "steps": 4.0, "total": 3.5, "seconds": 0.1, "patients": 14.0}, counts)
     assert check_counts({key: float(value) for key, value in COUNTS.items()}) == COUNTS
 
@@ -58,11 +59,11 @@ def test_a_tally_that_cannot_be_is_refused(tally: Tally, told: str) -> None:
         check_tally(tally, COUNTS)
 
 
-def test_more_positives_or_patients_than_slices_are_refused_where_counts_are_withheld() -> None:
+def test_more_positives_or_patients_than_slices_are_refused_whatever_was_said_before() -> None:
     with pytest.raises(UpdateError, match="positives, and at 'hello' it had 29"):
         check_tally(honest(), COUNTS | {"positives": 29})
     with pytest.raises(UpdateError, match="counts of 1000 patients in 105 slices"):
-        check_tally(replace(honest(), patients=1000), {})
+        check_tally(replace(honest(), patients=1000), {"patients": 1000, "slices": 1000})
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,10 @@ def test_weights_are_the_centres() -> None:
     assert site_weights(patients, "equal") == dict.fromkeys("abcde", 1.0)
     assert site_weights(patients, "patients") == {"a": 10 / 15, "b": 20 / 15, "c": MOST, "d": 1 / MOST, "e": 1.0}
     assert site_weights({"a": None, "b": 0}, "patients") == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("counts", [{}, {"patients": 20}, {"slices": 60}, {"positives": 3}])
+def test_a_tally_without_counts_at_hello_is_refused(counts: dict[str, int]) -> None:
+    """Before: who withheld them was taken with ten million patients, an AUC of 1 and a Dice of 1."""
+    with pytest.raises(UpdateError, match="at 'hello' it withheld"):
+        check_tally(honest(), counts)

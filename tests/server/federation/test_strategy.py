@@ -135,7 +135,7 @@ def test_by_patients_a_hospital_counts_three_times_the_median_at_most(two: Small
     def boasting(asked: Message, reply: Message) -> Message:
         if asked.metadata.message_type == "query.hello":
             patients = 10_000_000 if asked.metadata.dst_node_id == 2 else 10
-            reply.content["metrics"] = MetricRecord({"patients": patients})
+            reply.content["metrics"] = MetricRecord({"patients": patients, "slices": 3 * patients})
         return kept(sent)(asked, reply)
 
     flat = small_config(federation__weights="patients")
@@ -302,3 +302,27 @@ def test_one_hospital_of_three_does_not_end_a_run(two: SmallHospitals, strategy:
 def test_the_longest_update_is_of_the_runs_beginning() -> None:
     start = {"encoder.x": np.array([3, 4], np.float32), "cls.norm.running_var": np.array([1e6], np.float32)}
     assert longest_update(start) == 5 * LONGEST
+
+
+def test_who_was_turned_away_at_hello_stands_among_the_refused(two: SmallHospitals) -> None:
+    """Before: in the log of the run alone, and `status` did not show it."""
+
+    def change(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "query.hello" and asked.metadata.dst_node_id == 3:
+            reply.content["facts"]["protocol"] = 99
+        return reply
+
+    _, _, _, result = first_round(two, [*NAMES, "hospital-05"], small_config(), change=change)
+    assert list(result.sites) == NAMES
+    assert "protocol 99, expected" in result.refused["node 3"]
+
+
+def test_a_tally_of_who_withheld_its_counts_is_not_used(two: SmallHospitals) -> None:
+    def change(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "query.hello" and asked.metadata.dst_node_id == 2:
+            del reply.content["metrics"]
+        return reply
+
+    result = first_round(two, NAMES, small_config(), change=change)[3]
+    assert result.sites["hospital-01"].tally is not None
+    assert result.sites["hospital-02"].tally is None
