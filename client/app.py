@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.boundary.audit import AuditError, contents, printable, record
+from client.boundary.audit import AuditError, contents, known_items, printable, record
+from client.boundary.daily import MOST_A_DAY, QUESTIONS, count_question, list_refusal
 from client.boundary.evaluations import tested
 from client.boundary.footing import ModelNotOfRunError, after_round, check_initial
-from client.boundary.orders import TrainOrder, evaluation_order, heads_order, no_order, train_order
+from client.boundary.orders import ORDER_KEYS, TrainOrder, evaluation_order, heads_order, no_order, train_order
 from client.boundary.policy import (
     FACTS,
     METRICS,
@@ -31,6 +32,7 @@ from client.boundary.policy import (
     TALLY_TEST,
     TALLY_VAL,
     UPDATE,
+    PolicyError,
     admit,
     enforce,
     metrics_refusal,
@@ -38,6 +40,7 @@ from client.boundary.policy import (
 from client.training.evaluate import counted_patients, evaluate_model, initial_model, patients_in
 from client.training.local_state import LocalState, make_room
 from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
+from client.training.round_numbers import RoundNumbers, coarse_losses, keep_numbers, open_round
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError
 from shared.model.scoring import best_device, score_slices
@@ -80,9 +83,12 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
     A handler that returned nothing or a reply that could not be made would block the hospital's Flower node for all
     later runs, so there is a reply in every case.
     """
-    site = None
+    site = number = None
     try:
         site = find_site(context)
+        number = _admit_question(site, message, context)
+        if number is not None and number > MOST_A_DAY:
+            raise PolicyError(f"site {site.name!r} answers {MOST_A_DAY} {message.metadata.message_type} a day")
         if message.metadata.message_type != HELLO:
             admit(site, parse_config(context.run_config), now=datetime.now())
         reply = call_next(message, context)
@@ -100,22 +106,33 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
         log.error("failed:\n%s", "\n".join(map(printable, traceback.format_exc().splitlines())))
     if site is not None:
         try:
-            record(site.state, "refused", _asked(message, context) | {"code": int(code), "reason": detail})
+            list_refusal(site.state, _asked(message, context) | {"code": int(code), "reason": detail}, number)
         except AuditError as error:
             log.error("%s", printable(str(error)))
     # The one place where it is decided: a researcher who simulates sees the detail, a centre the fixed text.
     return Message(Error(int(code), detail if simulated(context) else TEXTS[code]), reply_to=message)
 
 
+def _admit_question(site: Site, message: Message, context: Context) -> int | None:
+    """The number of a question among those of its kind and day; None of what is no question, or asked in a simulation."""
+    kind = message.metadata.message_type
+    return count_question(site.state, kind) if kind in QUESTIONS and not simulated(context) else None
+
+
 def _asked(message: Message, context: Context) -> dict[str, object]:
     """What the server asked, for the audit log: its run, the kind of message and the run config where it is not the default."""
     order = message.content.get("config", {}) if message.has_content() else {}
     default = RunConfig().flat()
+    hello = message.metadata.message_type == HELLO  # depends on neither, so that both could be anything
     return {
         "flower_run": str(message.metadata.run_id),
         "asked": message.metadata.message_type,
-        "order": {key: value for key, value in order.items() if isinstance(value, Scalar)},
-        "config": {key: value for key, value in context.run_config.items() if default.get(key) != value},
+        "order": known_items(
+            {key: value for key, value in order.items() if isinstance(value, Scalar)}, () if hello else ORDER_KEYS
+        ),
+        "config": known_items(
+            {k: v for k, v in context.run_config.items() if default.get(k) != v}, () if hello else default
+        ),
     }
 
 
@@ -155,13 +172,12 @@ def find_site(context: Context) -> Site:
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Who are you? Out go the site's public name, role, weight and released groups and, if the policy allows, three counts."""
+    """Who are you? Out go the site's public name, role and released groups and, if the policy allows, three counts."""
     no_order(message.content)
     site = find_site(context)
     facts = {
         "site": site.name,
         "role": site.role,
-        "weight": site.weight,
         "release": ",".join(site.policy.release),
         "protocol": PROTOCOL_VERSION,
     }
@@ -170,7 +186,7 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train a round. Out go the shared tensors and, if the policy allows, sums of losses and coarse counts of scores."""
+    """Train a round. Out go the shared tensors and, once for each round and if the policy allows, losses and counts of scores."""
     site, config, cache = _opened(context)
     order = train_order(message.content, config)
     _check_role(site)
@@ -183,10 +199,12 @@ def train(message: Message, context: Context) -> Message:
     _check_beginning(site, config, order, received)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in received.items()}, strict=False)
 
-    # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
+    footing = state.footing()
     patients = min(len(np.unique(cache.patient[cache.rows("train")])), counted_patients(cache, "val"))
-    tally = None
-    if not metrics_refusal(site, patients):
+    beside = open_round(site, config, order, received, footing, state.folder, patients)
+    # The global encoder as it arrived, with this hospital's own heads, on its validation slices.
+    tally = {}
+    if beside.wanted:
         before = score_slices(model, (), cache, cache.rows("val"), config.model, config.train.precision)
         tally = tally_to_arrays(tally_scores(before, site.policy.min_patients, 0, np.random.default_rng()))
 
@@ -202,15 +220,19 @@ def train(message: Message, context: Context) -> Message:
     trained = to_arrays(model.state_dict(), shared)
     if not all(np.isfinite(value).all() for value in trained.values()):
         raise TrainError(f"site {site.name!r}: weights are not finite after the round", Refusal.DIVERGED)
-    state.save_footing(after_round(state.footing(), order.round_number, received, trained))
+    if beside.wanted:
+        made = RoundNumbers({PATIENTS: patients, **coarse_losses(report)}, tally, beside.model)
+        beside = replace(beside, kept=keep_numbers(state.folder, order.round_number, made))
+    state.save_footing(after_round(footing, order.round_number, received, trained))
     state.save(learner, order.round_number)
+    numbers = beside.kept
     return _reply(
         message,
         site,
-        facts={"site": site.name, "weight": site.weight},
-        metrics={PATIENTS: patients, **asdict(report)},
+        facts={"site": site.name} | ({"model": numbers.model} if numbers else {"withheld": beside.withheld}),
+        metrics=dict(numbers.metrics) if numbers else None,
         update=to_record(trained),
-        tallies={} if tally is None else {TALLY: arrays_to_record(tally)},
+        tallies={TALLY: arrays_to_record(numbers.tally)} if numbers else None,
     )
 
 

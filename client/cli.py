@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from client.boundary.files import private_files
-from client.dicom.elements import Fault, silence_readers
-from client.faults import by_reason
+from client.dicom.elements import silence_readers
+from client.dicom.faults import Fault, by_reason
 from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.host.console import Bars, fail, say
 from shared.site import Site, SiteError, read_site

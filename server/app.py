@@ -233,6 +233,7 @@ def describe_round(number: int, result: RoundResult) -> dict:
             "norm": float(f"{site.norm:.6g}"),
             **({"shrunk": result.shrunk[name]} if name in result.shrunk else {}),
             "audit": site.audit,
+            **({"withheld": site.withheld} if site.withheld else {}),
             **seconds,
             **losses,
             **validation,

@@ -98,7 +98,9 @@ _KEYS = {
     "app",
     "evaluations_per_run",
     "evaluations_per_month",
+    "round_counts_per_month",
 }
+MOST_TESTS = 10_000  # of a limit a month
 INSTALLED = "installed"  # policy.app: the code that the hospital installed
 
 
@@ -117,6 +119,8 @@ class Policy:
         installed must have it. A run that brings other client code than what is installed is refused in any case.
       evaluations_per_run: how many of a run's two models, the initial and the final one, may be tested here.
       evaluations_per_month: the same over all runs of 30 days; None is no limit.
+      round_counts_per_month: with how many rounds of 30 days counts and losses leave, over all runs; None is no limit. The
+        others train without.
     """
 
     release: tuple[str, ...] = ("encoder",)
@@ -128,6 +132,7 @@ class Policy:
     named: frozenset[str] = frozenset()
     evaluations_per_run: int = 2
     evaluations_per_month: int | None = 24
+    round_counts_per_month: int | None = 400  # two runs of 200 rounds, or six of 60
 
 
 def read_policy(path: Path, content: Any) -> Policy:
@@ -154,16 +159,19 @@ def read_policy(path: Path, content: Any) -> Policy:
         hours=_hours(path, rules.get("hours")),
         app=_app(path, rules.get("app", default.app)),
         evaluations_per_run=_limit(path, "evaluations_per_run", rules.get("evaluations_per_run", 2), 2),
-        evaluations_per_month=None
-        if rules.get("evaluations_per_month", default.evaluations_per_month) is None
-        else _limit(
-            path, "evaluations_per_month", rules.get("evaluations_per_month", default.evaluations_per_month), 10_000
-        ),
+        evaluations_per_month=_monthly(path, "evaluations_per_month", rules, default.evaluations_per_month),
+        round_counts_per_month=_monthly(path, "round_counts_per_month", rules, default.round_counts_per_month),
     )
 
 
+def _monthly(path: Path, key: str, rules: Mapping[str, Any], default: int | None) -> int | None:
+    """Read a limit a month; null is none."""
+    value = rules.get(key, default)
+    return None if value is None else _limit(path, key, value, MOST_TESTS)
+
+
 def _limit(path: Path, key: str, value: Any, most: int) -> int:
-    """A number of evaluations."""
+    """Read a number of tests."""
     limit = typed(path, f"policy.{key}", value, int)
     if not 0 <= limit <= most:
         raise SiteError(f"{path}: policy.{key} is {limit}, expected 0 to {most}")

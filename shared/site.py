@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ class Site:
       name: public name; it is in every message.
       role: train takes part in training; held-out is tested on, all of it; development may be used by the server
         to fit and choose, never to report.
-      weight: public weight in the mean of updates, > 0; it need not tell how many patients there are.
       images, masks, labels: DICOM folder, mask folder and label table; masks and labels may be None.
       segments: which segments of the masks are the hematoma: labels, codes as "SCT:35566002", or numbers; () where each
         mask holds one.
@@ -40,7 +40,6 @@ class Site:
 
     name: str
     role: str
-    weight: float
     images: Path
     masks: Path | None
     labels: Path | None
@@ -85,7 +84,9 @@ def read_site(path: Path) -> Site:
     if not path.is_file():
         raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see README, 'Join')")
     content = read_yaml(path)
-    top = section(path, "", content, {"site", "data", "cache", "state", "role", "weight", "policy"}, {"site", "data"})
+    if isinstance(content, Mapping) and "weight" in content:  # until 0.2 a hospital asked for one
+        raise SiteError(f"{path}: 'weight' is no key any more; remove its line: the centre gives the weights")
+    top = section(path, "", content, {"site", "data", "cache", "state", "role", "policy"}, {"site", "data"})
     data = section(path, "data.", top["data"], {"images", "masks", "labels", "segment", "accept_lossy"}, {"images"})
 
     def place(key: str, value: Any) -> Path:
@@ -94,7 +95,6 @@ def read_site(path: Path) -> Site:
     site = Site(
         name=_name(path, top["site"]),
         role=typed(path, "role", top.get("role", "train"), str),
-        weight=float(typed(path, "weight", top.get("weight", 1.0), (int, float))),
         images=place("data.images", data["images"]),
         masks=None if data.get("masks") is None else place("data.masks", data["masks"]),
         labels=None if data.get("labels") is None else place("data.labels", data["labels"]),
@@ -106,8 +106,6 @@ def read_site(path: Path) -> Site:
     )
     if site.role not in ROLES:
         raise SiteError(f"{path}: role is {site.role!r}, expected one of {', '.join(ROLES)}")
-    if not 0 < site.weight <= 1e6:
-        raise SiteError(f"{path}: weight is {site.weight!r}, expected more than 0 and at most 1e6")
     for kept in (path, site.images, site.masks, site.labels, site.state):
         if kept is not None and kept.is_relative_to(site.cache):
             raise SiteError(

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ FILE = "audit.jsonl"
 START = "0" * 64  # what the first entry is chained to
 CUT = "cut line"  # entry that follows a line which a crash or a full disk left unfinished
 _LONGEST_LINE = 512 * 1024  # of an entry that is written here; one of a round has about 40 KiB
+LONGEST_REFUSAL = 1500  # of a refusal's facts, in characters: a message that is refused costs its sender nothing
+_SHORT_TEXT = 200
 _LONGEST_TEXT, _MOST_ITEMS, _MOST_TENSORS, _DEEPEST = 1000, 200, 2000, 6
 _TAIL = 1 << 20  # what is read first of a log's end
 
@@ -54,13 +56,14 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def record(folder: Path, event: str, facts: Mapping[str, object]) -> str:
+def record(folder: Path, event: str, facts: Mapping[str, object], most: int = _LONGEST_LINE // 2) -> str:
     """Append an entry, on disk when this returns.
 
     Args:
       folder: the site's state folder.
       event: such as "released" or "refused".
       facts: JSON-ready content of the entry; nothing of a patient.
+      most: characters of the facts, of which a longer rest is left out, with its size and hash in its place.
     Returns:
       The entry's hash, 64 hexadecimal digits.
     Raises:
@@ -76,7 +79,7 @@ def record(folder: Path, event: str, facts: Mapping[str, object]) -> str:
                 whole = {"cut_bytes": len(cut), "cut_sha256": hashlib.sha256(cut).hexdigest()}
                 before, line = _entry(before, CUT, whole)
                 text += line
-            newest, line = _entry(before, event, facts)
+            newest, line = _entry(before, event, facts, most)
             file.write((text + line).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -88,6 +91,14 @@ def record(folder: Path, event: str, facts: Mapping[str, object]) -> str:
     return newest
 
 
+def known_items(items: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+    """Return what a message holds under known keys; the rest as a number and one hash."""
+    kept = {key: value for key, value in items.items() if key in known}
+    rest = [f"{key!a}: {value!a}" for key, value in items.items() if key not in known]
+    digest = hashlib.sha256("\n".join(sorted(rest)).encode()).hexdigest()
+    return kept | ({"left_out_keys": len(rest), "left_out_sha256": digest} if rest else {})
+
+
 def printable(text: str) -> str:
     """A text on one line of plain characters, whatever it holds: control characters would forge lines on a screen."""
     return text.encode("unicode_escape", "backslashreplace").decode("ascii") if not _is_plain(text) else text
@@ -97,16 +108,22 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable()
 
 
-def _entry(before: str, event: str, facts: Mapping[str, object]) -> tuple[str, str]:
-    """Hash and line of a new entry, shorter than _LONGEST_LINE whatever the facts are."""
+def _entry(before: str, event: str, facts: Mapping[str, object], most: int = _LONGEST_LINE // 2) -> tuple[str, str]:
+    """Hash and line of a new entry, little longer than `most` whatever the facts are."""
     bounded = _bounded(facts)
     size = len(json.dumps(bounded))
-    if size > _LONGEST_LINE // 2:
+    if size > most:
         kept = {key: value for key, value in bounded.items() if isinstance(value, str | int | float)}
+        if most < _LONGEST_TEXT * len(kept):
+            kept = {key: _shortened(value) for key, value in kept.items()}
         bounded = kept | {"left_out_bytes": size, "left_out_sha256": _hash(bounded)}
     content = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **bounded, "before": before}
     newest = _hash(content)
     return newest, json.dumps(content | {"hash": newest}, sort_keys=True) + "\n"
+
+
+def _shortened(value: str | int | float) -> str | int | float:
+    return value[: _SHORT_TEXT - 1] + "~" if isinstance(value, str) and len(value) > _SHORT_TEXT else value
 
 
 def _bounded(value: object, depth: int = 0) -> object:

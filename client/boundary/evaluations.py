@@ -1,5 +1,6 @@
 """Each model of a run is tested here once: what was tested is on the disk before a score is made, and so is the answer.
 
+A run's models are the initial and the final one, and the one that each round begins with (client/training/round_numbers.py).
 `evaluations.jsonl` in the site's state folder has a line for each test: when, which run, which stage, the model's hash. It
 outlives a run's folder, so that a run cannot be tested again after its state was cleaned away. The answer lies in the run's
 folder, and a repeated request gets that, byte for byte.
@@ -26,7 +27,8 @@ from shared.site import Site
 FILE = "evaluations.jsonl"
 MONTH_S = 30 * 86400.0
 KEPT_S = 400 * 86400.0  # longer than a study's runs
-MOST_LINES = 100_000  # of a hospital without a limit a month; 15 MB
+MOST_LINES = 100_000  # of rounds, and of other tests, at a hospital without a limit a month; 15 MB each
+_ROUND = "round-"  # begins the stage of a round
 
 Answer = Mapping[str, NDArray]  # "val/counts" and so on; of a split that is withheld none
 
@@ -67,12 +69,24 @@ def reserve(site: Site, run: str, stage: str, model: str, now: float | None = No
                 if same[-1]["model"] != model:
                     raise EvaluationsError(f"another {stage} model of run {run!r} was tested before")
                 return
-            _check_limits(site.policy, [line for line in lines if line["run"] == run], lines, moment)
-            lines.append({"time": moment, "run": run, "stage": stage, "model": model})
-            recent = [line for line in lines if line["time"] > moment - KEPT_S][-MOST_LINES:]
+            # Rounds are many: they have a limit of their own, and push no other test out of the list.
+            alike = [line for line in lines if _is_round(line["stage"]) == _is_round(stage)]
+            others = [line for line in lines if _is_round(line["stage"]) != _is_round(stage)]
+            _check_limits(site.policy, run, stage, alike, moment)
+            alike.append({"time": moment, "run": run, "stage": stage, "model": model})
+            recent = [line for line in others + alike[-MOST_LINES:] if line["time"] > moment - KEPT_S]
             replace_bytes(path, "".join(json.dumps(line) + "\n" for line in recent).encode())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"{path} cannot be read or written ({type(error).__name__}: {error})") from error
+
+
+def round_stage(number: int) -> str:
+    """Name the stage of a run at which a round's model is tested."""
+    return f"{_ROUND}{number:05d}"
+
+
+def _is_round(stage: str) -> bool:
+    return stage.startswith(_ROUND)
 
 
 def tested(site: Site, run: str, stage: str) -> str | None:
@@ -99,13 +113,16 @@ def _read(path: Path) -> list[dict]:
     return lines
 
 
-def _check_limits(policy: Policy, of_run: list[dict], lines: list[dict], now: float) -> None:
-    if len(of_run) >= policy.evaluations_per_run:
-        raise EvaluationsError(f"policy.evaluations_per_run is {policy.evaluations_per_run}")
-    limit = policy.evaluations_per_month
+def _check_limits(policy: Policy, run: str, stage: str, alike: list[dict], now: float) -> None:
+    """Check the policy's limits; `alike` are the tests that count towards the same ones."""
+    key, limit = "round_counts_per_month", policy.round_counts_per_month
+    if not _is_round(stage):
+        if sum(line["run"] == run for line in alike) >= policy.evaluations_per_run:
+            raise EvaluationsError(f"policy.evaluations_per_run is {policy.evaluations_per_run}")
+        key, limit = "evaluations_per_month", policy.evaluations_per_month
     # A clock that was put back must not free tests: what lies in the future counts.
-    if limit is not None and sum(line["time"] > now - MONTH_S for line in lines) >= limit:
-        raise EvaluationsError(f"policy.evaluations_per_month is {limit}")
+    if limit is not None and sum(line["time"] > now - MONTH_S for line in alike) >= limit:
+        raise EvaluationsError(f"policy.{key} is {limit}")
 
 
 def keep_answer(folder: Path, stage: str, answer: Answer, facts: Mapping[str, object]) -> None:

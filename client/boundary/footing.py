@@ -105,11 +105,7 @@ def check_final(
     Raises:
       ModelNotOfRunError: the model lies further away, or its heads are none of federation.heads.
     """
-    missed = config.federation.rounds - footing.round_number
-    if missed > MOST_MISSED:
-        raise ModelNotOfRunError(f"the hospital missed the last {missed} rounds, more than {MOST_MISSED}")
-    received = {name: value.numpy() for name, value in footing.received.items()}
-    shared = {key: _reach(config, length, missed, _size(received, key)) for key, length in footing.steps.items()}
+    received, shared = _reaches(config, footing, config.federation.rounds)
     _near(encoder, received, shared)
     for heads in sets:
         if config.federation.share == "all":
@@ -119,6 +115,31 @@ def check_final(
         else:
             moved = lengths(own, built)
             _near(heads, own, {key: REACH * length for key, length in moved.items()})
+
+
+def check_round(config: RunConfig, footing: Footing | None, number: int, received: Tensors) -> None:
+    """Check the global tensors that a round after the first begins with against where the run can have led.
+
+    Args:
+      config: of the run.
+      footing: of this hospital; None if it trained no round of the run.
+      number: of the round.
+      received: the tensors.
+    Raises:
+      ModelNotOfRunError: the hospital trained no round before, or too long ago, or the tensors lie further away.
+    """
+    if footing is None or footing.round_number >= number or footing.received.keys() != received.keys():
+        raise ModelNotOfRunError("the hospital trained no round of this run before this one")
+    _near(received, *_reaches(config, footing, number - 1))
+
+
+def _reaches(config: RunConfig, footing: Footing, last: int) -> tuple[Tensors, dict[str, float]]:
+    """Return the tensors that the hospital's last round began with, and how far from them round `last` can have ended."""
+    missed = last - footing.round_number
+    if missed > MOST_MISSED:
+        raise ModelNotOfRunError(f"the hospital missed the last {missed} rounds, more than {MOST_MISSED}")
+    received = {name: value.numpy() for name, value in footing.received.items()}
+    return received, {key: _reach(config, step, missed, _size(received, key)) for key, step in footing.steps.items()}
 
 
 def _reach(config: RunConfig, step: float, missed: int, size: int) -> float:

@@ -15,6 +15,7 @@ from shared.config import RunConfig, is_name
 from shared.refusals import Refusal, Refused
 from shared.rules import TENSOR_GROUPS
 
+ORDER_KEYS = ("run", "server-round", "proximal-mu", "groups", "stage")
 STAGES = ("initial", "final")
 HEADS = "heads-"  # begins the name of a record with a set of heads
 MOST_HEAD_SETS = 32  # of an ensemble, one for each hospital

@@ -23,7 +23,7 @@ UPDATE, METRICS, FACTS = "update", "metrics", "facts"
 TALLY, TALLY_VAL, TALLY_TEST = TALLIES = ("tally", "tally-val", "tally-test")  # of a round; of a test's two splits
 PATIENTS = "patients"  # key in METRICS and in a tally: how many patients the reply's numbers stand for
 RECORDS = {UPDATE: ArrayRecord, METRICS: MetricRecord, FACTS: ConfigRecord} | dict.fromkeys(TALLIES, ArrayRecord)
-PUBLIC_FACTS = {"site", "role", "weight", "release", "protocol", "withheld", "model", "audit"}
+PUBLIC_FACTS = {"site", "role", "release", "protocol", "withheld", "model", "audit"}
 
 
 class PolicyError(Refused):

@@ -23,10 +23,9 @@ from pydicom.uid import UID
 
 from client.check.found import Found
 from client.check.problems import problems
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault, by_reason
 from client.dicom.hounsfield import BINS
 from client.dicom.series import Choice, CtSeries, describe, sharpness
-from client.faults import by_reason
 from client.ingest.label_table import LabelError
 from client.ingest.labels import splits_of
 from client.ingest.read_series import OFF_HEAD_HU, Part, middle_slice

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from client.check.check import with_key
-from client.dicom.elements import DicomError, identifier, pseudonym, read_dicom
+from client.dicom.elements import identifier, pseudonym, read_dicom
+from client.dicom.faults import DicomError
 from client.ingest.scan import FoundFile, walk
 from shared.site import Site
 

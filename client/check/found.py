@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.dicom.series import CtSeries
 from client.ingest.read_series import Part
 from client.ingest.survey import Survey

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from client.check.check import Check, Picture
+from client.dicom.faults import by_reason
 from client.dicom.hounsfield import BIN_HU, BINS, LOW_HU
-from client.faults import by_reason
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
 
 WINDOW_HU = (0, 80)  # the brain window

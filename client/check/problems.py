@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from client.check.found import WHO, Found
 from client.check.identities import identities, leaks
-from client.dicom.elements import Fault
-from client.faults import by_reason, commonest
+from client.dicom.faults import Fault, by_reason, commonest
 from client.ingest.scan import denied_text
 
 FEW_POSITIVES = 5  # from here on it is worth asking whether one scanner has them all

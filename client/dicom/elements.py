@@ -27,24 +27,9 @@ from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, UID_dictionary
 
+from client.dicom.faults import DicomError
+
 MOST_INFLATED_BYTES = 1 << 29  # a deflated file is inflated in memory
-
-
-class DicomError(ValueError):
-    """A file or series cannot be used; the text names no patient, path or UID."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that was left out, and why.
-
-    Attributes:
-      what: "file 1a2b…" or "series 3c4d…": keyed hashes that `hemafed-client find` turns back; or a line of a table.
-      reason: the value found and what was expected; names no patient.
-    """
-
-    what: str
-    reason: str
 
 
 def pseudonym(key: bytes, kind: str, identifier: str) -> str:

@@ -20,7 +20,6 @@ import pydicom
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from client.dicom.elements import (
-    DicomError,
     DicomFile,
     class_name,
     identifier,
@@ -32,6 +31,7 @@ from client.dicom.elements import (
     texts,
     word,
 )
+from client.dicom.faults import DicomError
 from client.dicom.refusals import check_image_type, check_kind, check_pixels, check_plane, check_syntax, storage
 
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 
 _J2K_START = b"\xff\x4f\xff\x51"  # SOC and SIZ (ITU-T T.800 Annex A)
 _END = b"\xff\xd9"  # of a JPEG, JPEG-LS and JPEG 2000 stream alike

@@ -20,7 +20,8 @@ from pydicom.uid import UID, RLELossless
 from scipy import ndimage
 
 from client.dicom.decoders import plugin_for
-from client.dicom.elements import DicomError, inflate
+from client.dicom.elements import inflate
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice
 from client.dicom.jpeg import check_stream
 from client.dicom.refusals import check_tail

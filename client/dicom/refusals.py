@@ -17,7 +17,8 @@ import pydicom
 from pydicom.pixels import get_decoder
 from pydicom.uid import HTJ2K, JPEG2000, UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
-from client.dicom.elements import DicomError, DicomFile, integer, text, texts, word
+from client.dicom.elements import DicomFile, integer, text, texts, word
+from client.dicom.faults import DicomError
 
 SIDES_PX = (16, 2048)  # rows and columns of a CT image; larger ones are not made by any scanner
 AXIAL_COSINE = 0.7  # a slice's normal within about 45 degrees of z: tilted gantries pass, sagittal views do not

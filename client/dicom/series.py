@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.dicom.headers import CtSlice, normal_of
 
 SAME_PLACE_MM = 0.01  # two slices nearer than this are at one position

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from client.dicom.elements import Fault, pseudonym
-from client.faults import by_reason
+from client.dicom.elements import pseudonym
+from client.dicom.faults import Fault, by_reason
 from client.ingest.label_table import LabelError, table_digest
 from client.ingest.labels import SPLIT_SHARES, splits_of
 from client.ingest.records import append_records, read_records, write_records

@@ -10,7 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.dicom.series import CtSeries
 from client.ingest.label_table import LabelError, LabelRow, some
 from shared.site import Site, SiteError

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.elements import DicomError, Fault
+from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice
 from client.dicom.hounsfield import BINS, histogram, implausible, without_air
 from client.dicom.pixels import AIR_HU, clamp_hu, read_hu

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from client.dicom.elements import DicomError, Fault
+from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice
 from client.dicom.pixels import read_hu
 from client.dicom.series import SAME_PLACE_MM

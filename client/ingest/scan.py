@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.dicom.elements import DicomError, Fault, pseudonym, read_dicom
+from client.dicom.elements import pseudonym, read_dicom
+from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice, images_of
 from client.ingest.workers import ENDED_ITS_READER, Crew
 from client.masks.match import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask

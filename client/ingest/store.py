@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.ingest.read_series import Part, PartRow
 from shared.slices import COLUMNS, SIDE_PX, CacheError, SliceCache, read_cache
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.dicom.series import Choice, CtSeries, build_series, choose
 from client.ingest.label_table import read_labels
 from client.ingest.labels import annotated_series, match_labels

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.elements import DicomError, word
+from client.dicom.elements import word
+from client.dicom.faults import DicomError
 
 PIECES = {"seg": "frames", "rtstruct": "contours", "nifti": "layers", "png": "pictures"}  # by kind of file
 ABSENT = "on images that are not in data.images or were left out"

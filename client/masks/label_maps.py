@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice
 from client.dicom.series import CtSeries
 from client.masks.drawn import EMPTY_LAYER, NOWHERE, Drawn, OtherSegment, choose_segments

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import RTStructureSetStorage
 
-from client.dicom.elements import DicomError, DicomFile, Fault, class_name, pseudonym, text
+from client.dicom.elements import DicomFile, class_name, pseudonym, text
+from client.dicom.faults import DicomError, Fault
 from client.dicom.series import CtSeries
 from client.masks.drawn import EXPECTED, PIECES, Drawn, OtherSegment, Tally, unite
 from client.masks.label_maps import fits, misfit, nifti_grid, read_nifti, read_png

@@ -15,7 +15,8 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from client.dicom.elements import DicomError, pseudonym, word
+from client.dicom.elements import pseudonym, word
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, normal_of
 from client.dicom.series import CtSeries
 from client.masks.drawn import ABSENT, OTHER_SEGMENT, Drawn, choose_segments

@@ -19,7 +19,8 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import UID, SegmentationStorage
 
-from client.dicom.elements import DicomError, pseudonym
+from client.dicom.elements import pseudonym
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice
 from client.dicom.series import CtSeries
 from client.masks.drawn import ABSENT, NOWHERE, OTHER_SEGMENT, Drawn, choose_segments

@@ -25,7 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 from client.dicom.jpeg import check_stream
 from client.dicom.refusals import SIDES_PX
 

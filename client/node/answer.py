@@ -27,8 +27,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
-from client.boundary.audit import AuditError, printable, record
+from client.boundary.audit import AuditError, printable
 from client.boundary.code import CodeError, read_bundle
+from client.boundary.daily import list_refusal
 from client.boundary.policy import admit_code
 from client.node.frames import reply_frames
 from client.node.parts import bounded_memory, check_parts
@@ -166,6 +167,6 @@ def _note_refusal(site: Site | None, message: Message, refused: Refused) -> None
     metadata = message.metadata
     facts = {"flower_run": str(metadata.run_id), "asked": metadata.message_type}
     try:
-        record(site.state, "refused", facts | {"code": int(refused.code), "reason": str(refused)})
+        list_refusal(site.state, facts | {"code": int(refused.code), "reason": str(refused)})
     except AuditError as error:
         log.error("%s", printable(str(error)))

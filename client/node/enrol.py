@@ -52,6 +52,8 @@ policy:
   min_patients: 10          # no number leaves that stands for fewer
   # accept: {{train.epochs: {{max: 5}}}}
   # hours: "19:00-06:30"
+  # evaluations_per_month: 24    # how many models of runs may be tested here in 30 days; null for no limit
+  # round_counts_per_month: 400  # with how many rounds of 30 days counts and losses leave; the others train without
 """
 
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from client.training.muon import build_muon
 from shared.config import RunConfig
 from shared.model.batches import Batch, Inputs, batches_in, epoch_batches, make_batch, make_inputs
 from shared.model.losses import TaskBalance, slice_losses
@@ -113,7 +114,8 @@ def build_optimisers(model: nn.Module, balance: TaskBalance, config: RunConfig) 
     parts = [torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)]
     if matrices:
         group = {"params": matrices, "top": settings.matrix_rate}
-        parts.append(torch.optim.Muon([group], lr=settings.matrix_rate, weight_decay=decay, momentum=0.95))
+        device, momentum = matrices[0].device, 0.95
+        parts.append(build_muon([group], device, lr=settings.matrix_rate, weight_decay=decay, momentum=momentum))
     return Optimisers(tuple(parts))
 
 

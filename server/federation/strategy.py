@@ -32,6 +32,7 @@ from shared.wire.records import (
     read_metrics,
     shapes_of,
     tally_from_record,
+    tested_hash,
     to_record,
 )
 
@@ -50,6 +51,7 @@ class SiteRound:
       metrics: loss sums, steps, seconds; empty if withheld.
       tally: counts of validation scores of the global encoder that the round began with; None if withheld.
       audit: newest hash of the site's audit log, before it sent this; kept so that the site cannot shorten its log.
+      withheld: why there are no metrics and no tally; empty if there are.
     """
 
     weight: float
@@ -58,6 +60,7 @@ class SiteRound:
     metrics: dict[str, float]
     tally: Tally | None
     audit: str = ""
+    withheld: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def train_round(
     }
     weights = {m.site: m.weight for m in members}
     counts = {m.site: m.counts for m in members}
-    expected = shapes_of(arrays)
+    expected, model = shapes_of(arrays), tested_hash(arrays, [])
 
     def awaiting(name: str) -> None:
         write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
@@ -139,7 +142,7 @@ def train_round(
             norm = update_norm(update, arrays)
             if norm > session.longest:
                 raise UpdateError(f"an update of length {norm:.3g}, expected at most {session.longest:.3g}")
-            sites[name] = _site_round(content, weights[name], norm, counts[name])
+            sites[name] = _site_round(content, weights[name], norm, counts[name], model)
         except UpdateError as error:
             refused[name] = str(error)
             continue
@@ -188,8 +191,8 @@ def _content_from(reply: Message | None, name: str, settings: FederationSettings
     return content
 
 
-def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int]) -> SiteRound:
-    """What a site's reply says beside its update, compared with its counts at 'hello'."""
+def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int], model: str) -> SiteRound:
+    """What a site's reply says beside its update, compared with its counts at 'hello' and the model that it was sent."""
     tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
     if not counts:  # withheld at 'hello'; a hospital that releases them since then still takes part
         tally = None
@@ -200,7 +203,10 @@ def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping
     sent = sum(record_bytes(content[key]) for key in ("update", "tally") if key in content)
     audit = content["facts"].get("audit", "")
     known = isinstance(audit, str) and re.fullmatch(r"[0-9a-f]{64}", audit)
-    return SiteRound(weight, sent, norm, metrics, tally, audit if known else "")
+    withheld = shown(content["facts"].get("withheld", ""))
+    if content["facts"].get("model", model) != model:
+        metrics, tally, withheld = {}, None, "the site gave the numbers of an earlier attempt at this round"
+    return SiteRound(weight, sent, norm, metrics, tally, audit if known else "", withheld)
 
 
 def record_bytes(record: ArrayRecord) -> int:

@@ -23,7 +23,7 @@ from simulations.importers.source import DataSet, LeftOut, SourceError
 # What the slice-labelled sets tell of a slice, in one order and spelling for all of them: 1, 0, or blank for unknown.
 CLASSES = ("any", "epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 COLUMNS = ("series_uid", "sop_uid", "hypodensity")  # what ingest reads; the sets' own columns follow
-_DECIDED = ("cache", "state", "role", "weight", "policy")  # by whoever owns the hospital; a second import keeps them
+_DECIDED = ("cache", "state", "role", "policy")  # by whoever owns the hospital; a second import keeps them
 SAME_TIME_S = 2  # some file systems keep times of change to two seconds
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}  # other disk, forbidden, too many, not supported
 

@@ -114,6 +114,7 @@ def _write_tables(folder: Path, hospital: Hospital, seed: int, labels: list[tupl
             "metrics": True,
             "min_patients": 5,
             "evaluations_per_month": None,  # a researcher runs as many as there are questions
+            "round_counts_per_month": None,
         },
     }
     (folder / "site.yaml").write_text(yaml.safe_dump(site, sort_keys=False))

@@ -27,7 +27,6 @@ def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
     assert facts == {
         "site": NAME,
         "role": "train",
-        "weight": 1.0,
         "release": "encoder,cls,seg,rec",
         "protocol": 3,
         "withheld": "",
@@ -49,7 +48,7 @@ def test_a_round_leaves_the_heads_on_the_hospitals_disk(copied_hospitals: SmallH
     reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
     assert {n.split(".")[0] for n in reply.content["update"]} == {"encoder"}
     kept = list((copied_hospitals.site(NAME).state / "runs" / "test").iterdir())
-    assert sorted(path.name for path in kept) == ["footing.pt", "round-00001.pt"]
+    assert sorted(path.name for path in kept) == ["answer-round-00001.npz", "footing.pt", "round-00001.pt"]
 
 
 @pytest.mark.parametrize("group", HEADS)
@@ -160,6 +159,7 @@ def test_what_left_stands_in_the_audit_log(copied_hospitals: SmallHospitals) -> 
 
 def test_nothing_leaves_that_cannot_be_recorded(copied_hospitals: SmallHospitals) -> None:
     log = copied_hospitals.site(NAME).state / "audit.jsonl"
+    log.unlink(missing_ok=True)
     log.mkdir(parents=True)
     reply = ask({"site": str(copied_hospitals.files[NAME])}, "train", train_order())
     assert refusal(reply) == Refusal.AUDIT

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from client.boundary.audit import record
 from client.cli import app, report_text
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.ingest.ingest import IngestReport
 from shared.slices import read_cache
 from tests.conftest import SmallHospitals, edit_site

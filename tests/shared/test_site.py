@@ -40,7 +40,6 @@ def test_the_designs_example(tmp_path: Path) -> None:
               labels: labels.csv
             cache: cache/
             role: held-out
-            weight: 2
             policy:
               release: [encoder, cls]
               metrics: false
@@ -48,7 +47,7 @@ def test_the_designs_example(tmp_path: Path) -> None:
             """,
         )
     )
-    assert (site.name, site.role, site.weight, type(site.weight)) == ("hospital-03", "held-out", 2.0, float)
+    assert (site.name, site.role) == ("hospital-03", "held-out")
     assert site.images == (tmp_path / "dicom").resolve()
     assert site.masks == (tmp_path / "masks").resolve()
     assert site.labels == (tmp_path / "labels.csv").resolve()
@@ -57,7 +56,7 @@ def test_the_designs_example(tmp_path: Path) -> None:
 
 def test_what_need_not_be_said(tmp_path: Path) -> None:
     site = read_site(write_site(tmp_path, content(data={"images": "dicom"})))
-    assert (site.role, site.weight, site.masks, site.labels) == ("train", 1.0, None, None)
+    assert (site.role, site.masks, site.labels) == ("train", None, None)
     assert site.cache == (tmp_path / "cache").resolve()
     assert site.state == (tmp_path / "state").resolve()
     # The careful choice is the one that nobody made: encoder only, ten patients.
@@ -129,12 +128,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
         (content(data={"images": "dicom", "labels": "masks"}), "data.labels is .*masks, and there is no such file"),
         (content(data={"images": 7}), r"'data.images' is 7 \(int\), expected str"),
         (content(cache=3), r"'cache' is 3 \(int\), expected str"),
-        (content(weight=0), "weight is 0.0, expected more than 0"),
-        (content(weight=-1.5), "weight is -1.5, expected more than 0"),
-        (content(weight=float("nan")), "weight is nan, expected more than 0"),
-        (content(weight=float("inf")), "weight is inf, expected more than 0 and at most 1e6"),
-        (content(weight="2"), r"'weight' is '2' \(str\), expected int or float"),
-        (content(weight=True), r"'weight' is True \(bool\), expected int or float"),
+        (content(weight=1.0), "'weight' is no key any more; remove its line: the centre gives the weights"),
+        (content(policy={"round_counts_per_month": -1}), "policy.round_counts_per_month is -1, expected 0 to 10000"),
+        (content(policy={"round_counts_per_month": "x"}), "'policy.round_counts_per_month' is 'x'"),
         (
             content(policy={"release": ["encoder", "head"]}),
             r"policy.release names \['head'\], expected some of encoder, cls",

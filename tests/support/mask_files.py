@@ -12,7 +12,7 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from client.dicom.elements import DicomError, Fault
+from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import read_images
 from client.dicom.series import CtSeries, build_series
 from client.ingest.scan import FoundFile, scan_file

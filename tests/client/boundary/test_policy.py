@@ -32,7 +32,7 @@ from shared.wire.records import tally_to_record, to_record
 def site(**rules: object) -> Site:
     place = Path("/nowhere")
     policy = replace(Policy(release=("encoder",), metrics=True, min_patients=5), **rules)
-    return Site("hospital-03", "train", 1.0, place, None, None, place, place, policy=policy)
+    return Site("hospital-03", "train", place, None, None, place, place, policy=policy)
 
 
 def update(*names: str) -> ArrayRecord:
@@ -162,7 +162,6 @@ def test_every_fact_of_a_reply_passes_without_metrics() -> None:
     facts = {
         "site": "hospital-03",
         "role": "train",
-        "weight": 1.0,
         "release": "encoder",
         "protocol": 1,
         "withheld": "policy.metrics is false",

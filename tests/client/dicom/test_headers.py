@@ -24,7 +24,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from client.dicom.elements import DicomError, pseudonym, text
+from client.dicom.elements import pseudonym, text
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
 from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, save_as_syntax, write_ct

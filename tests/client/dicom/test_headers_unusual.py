@@ -21,7 +21,8 @@ from pydicom.uid import (
     JPEGLSLossless,
 )
 
-from client.dicom.elements import DicomError, identifier
+from client.dicom.elements import identifier
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
 from client.dicom.series import sharpness

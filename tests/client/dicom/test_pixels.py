@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import AIR_HU, MAX_HU, PADDING_HU, clamp_hu, read_hu
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct

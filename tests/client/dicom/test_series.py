@@ -8,7 +8,8 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage
 
-from client.dicom.elements import Fault, pseudonym
+from client.dicom.elements import pseudonym
+from client.dicom.faults import Fault
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.series import CtSeries, build_series, choose, describe, sharpness
 from tests.support.dicom_files import ct_dataset, head_hu, write_ct, write_series

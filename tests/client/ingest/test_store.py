@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.dicom.elements import Fault
+from client.dicom.faults import Fault
 from client.ingest.read_series import Part, PartRow
 from client.ingest.store import (
     ARRAYS,

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset
 
-from client.dicom.elements import DicomError, silence_readers
+from client.dicom.elements import silence_readers
+from client.dicom.faults import DicomError
 from client.dicom.series import CtSeries
 from client.masks.match import SeriesMasks, match_masks, read_masks
 from tests.client.masks.test_rtstruct import centres, rtstruct

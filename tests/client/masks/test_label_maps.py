@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pydicom import Dataset
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 from client.ingest.scan import FoundFile, scan_file
 from client.masks.match import match_masks, read_masks
 from tests.support.dicom_files import write_series

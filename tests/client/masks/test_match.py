@@ -10,7 +10,7 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from client.dicom.elements import DicomError
+from client.dicom.faults import DicomError
 from client.masks.match import match_masks
 from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, write_ct
 from tests.support.mask_files import SHAPE, masks_of, read_one, refused, series_of, truth, volume, write_seg

@@ -108,7 +108,7 @@ def names_by_group(learner: Learner) -> list[tuple[str, float, set[str]]]:
     """Optimiser, weight decay and parameters of each group."""
     names = {id(p): name for name, p in learner.model.named_parameters()}
     return [
-        (type(part).__name__, group["weight_decay"], {names[id(p)] for p in group["params"]})
+        (type(part).__name__.removeprefix("Float32"), group["weight_decay"], {names[id(p)] for p in group["params"]})
         for part in learner.optimisers.parts
         for group in part.param_groups
     ]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from client.dicom.elements import Fault
-from client.faults import by_reason, commonest
+from client.dicom.faults import Fault, by_reason, commonest
 
 
 def test_one_reason_is_one_group_whatever_numbers_stand_in_it() -> None:

@@ -8,10 +8,26 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-
-from client.dicom.elements import Fault
+from dataclasses import dataclass
 
 _NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d+(?:[.,]\d+)*%?")
+
+
+class DicomError(ValueError):
+    """A file or series cannot be used; the text names no patient, path or UID."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that was left out, and why.
+
+    Attributes:
+      what: "file 1a2b…" or "series 3c4d…": keyed hashes that `hemafed-client find` turns back; or a line of a table.
+      reason: the value found and what was expected; names no patient.
+    """
+
+    what: str
+    reason: str
 
 
 def by_reason(faults: Iterable[Fault]) -> list[tuple[str, list[str]]]:
