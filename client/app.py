@@ -8,22 +8,17 @@ a code of a closed list with a fixed text (shared/refusals.py), its detail stays
 from __future__ import annotations
 
 import logging
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.boundary.audit import AuditError, contents, known_items, printable, record
-from client.boundary.daily import MOST_A_DAY, QUESTIONS, count_question, list_refusal
 from client.boundary.evaluations import tested
 from client.boundary.footing import ModelNotOfRunError, after_round, check_initial
-from client.boundary.orders import ORDER_KEYS, TrainOrder, evaluation_order, heads_order, no_order, train_order
+from client.boundary.orders import TrainOrder, evaluation_order, heads_order, no_order, train_order
 from client.boundary.policy import (
     FACTS,
     METRICS,
@@ -32,26 +27,24 @@ from client.boundary.policy import (
     TALLY_TEST,
     TALLY_VAL,
     UPDATE,
-    PolicyError,
     admit,
-    enforce,
     metrics_refusal,
 )
+from client.boundary.this_site import find_site, simulated
+from client.boundary.way_out import way_out
 from client.training.evaluate import counted_patients, evaluate_model, initial_model, patients_in
 from client.training.local_state import LocalState, make_room
 from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from client.training.round_numbers import RoundNumbers, coarse_losses, keep_numbers, open_round
-from shared.config import ConfigError, RunConfig, Scalar, parse_config
-from shared.metrics import MetricsError
+from shared.config import RunConfig, parse_config
 from shared.model.scoring import best_device, score_slices
-from shared.refusals import TEXTS, Refusal, Refused
-from shared.site import Site, SiteError, read_site
-from shared.slices import CacheError, SliceCache, read_cache
+from shared.refusals import Refusal
+from shared.site import Site
+from shared.slices import SliceCache, read_cache
 from shared.tally import tally_scores
 from shared.wire.records import (
     PROTOCOL_VERSION,
     Tensors,
-    UpdateError,
     arrays_to_record,
     expected_shapes,
     from_record,
@@ -64,110 +57,7 @@ from shared.wire.records import (
 
 log = logging.getLogger("hemafed.client")
 
-# Errors of code that knows no refusals.
-_CODES = {
-    UpdateError: Refusal.TENSORS,
-    ConfigError: Refusal.RUN_CONFIG,
-    MetricsError: Refusal.DIVERGED,
-    SiteError: Refusal.SITE,
-    CacheError: Refusal.SITE,
-}
-HELLO = "query.hello"
-
-
-def way_out(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Flower mod around every handler: the first code that sees a message, and the last before a reply leaves the hospital.
-
-    What is asked must be what the hospital's policy accepts, what is answered what it releases, and both stand in its audit
-    log before anything leaves.
-    A handler that returned nothing or a reply that could not be made would block the hospital's Flower node for all
-    later runs, so there is a reply in every case.
-    """
-    site = number = None
-    try:
-        site = find_site(context)
-        number = _admit_question(site, message, context)
-        if number is not None and number > MOST_A_DAY:
-            raise PolicyError(f"site {site.name!r} answers {MOST_A_DAY} {message.metadata.message_type} a day")
-        if message.metadata.message_type != HELLO:
-            admit(site, parse_config(context.run_config), now=datetime.now())
-        reply = call_next(message, context)
-        enforce(site, reply.content)
-        asked = _asked(message, context)
-        # Written before it leaves: what cannot be recorded does not.
-        reply.content[FACTS]["audit"] = record(site.state, "released", asked | contents(reply.content))
-        return reply
-    except (Refused, *_CODES) as error:
-        code = error.code if isinstance(error, Refused) else _CODES[type(error)]
-        detail = str(error)
-        log.error("refused: %s", printable(detail))
-    except Exception as error:  # its text may hold anything
-        code, detail = Refusal.FAILED, type(error).__name__
-        log.error("failed:\n%s", "\n".join(map(printable, traceback.format_exc().splitlines())))
-    if site is not None:
-        try:
-            list_refusal(site.state, _asked(message, context) | {"code": int(code), "reason": detail}, number)
-        except AuditError as error:
-            log.error("%s", printable(str(error)))
-    # The one place where it is decided: a researcher who simulates sees the detail, a centre the fixed text.
-    return Message(Error(int(code), detail if simulated(context) else TEXTS[code]), reply_to=message)
-
-
-def _admit_question(site: Site, message: Message, context: Context) -> int | None:
-    """The number of a question among those of its kind and day; None of what is no question, or asked in a simulation."""
-    kind = message.metadata.message_type
-    return count_question(site.state, kind) if kind in QUESTIONS and not simulated(context) else None
-
-
-def _asked(message: Message, context: Context) -> dict[str, object]:
-    """What the server asked, for the audit log: its run, the kind of message and the run config where it is not the default."""
-    order = message.content.get("config", {}) if message.has_content() else {}
-    default = RunConfig().flat()
-    hello = message.metadata.message_type == HELLO  # depends on neither, so that both could be anything
-    return {
-        "flower_run": str(message.metadata.run_id),
-        "asked": message.metadata.message_type,
-        "order": known_items(
-            {key: value for key, value in order.items() if isinstance(value, Scalar)}, () if hello else ORDER_KEYS
-        ),
-        "config": known_items(
-            {k: v for k, v in context.run_config.items() if default.get(k) != v}, () if hello else default
-        ),
-    }
-
-
 app = ClientApp(mods=[way_out])
-
-
-def simulated(context: Context) -> bool:
-    """Whether this node stands for a synthetic hospital: it has a partition id and no site.yaml of its own."""
-    return "site" not in context.node_config
-
-
-def find_site(context: Context) -> Site:
-    """The hospital of this node.
-
-    A deployed node names its site.yaml in its own node config. A simulated node has a partition id instead and stands
-    for the training hospital with that number below `simulation.hospitals`.
-    """
-    node = context.node_config
-    if "site" in node:
-        return read_site(Path(str(node["site"])))
-    if "partition-id" not in node:
-        raise SiteError(
-            "this node has no 'site' in its node config; start it with --node-config 'site=\"/path/site.yaml\"'"
-        )
-    folder = Path(parse_config(context.run_config).simulation.hospitals).absolute()
-    sites = [read_site(path) for path in sorted(folder.glob("*/site.yaml"))]
-    training = [site for site in sites if site.role == "train"]
-    number = int(node["partition-id"])
-    if number >= len(training):
-        raise SiteError(
-            f"simulated node {number + 1}, but {folder} holds {len(training)} training hospitals; run 'make simulate' or "
-            "'hemafed-sim sites' to write them, set simulation.hospitals to their absolute path, or start fewer nodes "
-            f"(--federation-config 'num-supernodes={max(len(training), 1)}')"
-        )
-    return training[number]
 
 
 @app.query("hello")
