@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from client.boundary.files import private_files
 from client.dicom.elements import silence_readers
 from client.dicom.faults import Fault, by_reason
 from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.host.console import Bars, fail, say
+from shared.host.files import private_files
 from shared.site import Site, SiteError, read_site
 from shared.slices import CacheError
 from shared.wire.enrolment import EnrolError

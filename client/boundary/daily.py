@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from client.boundary.audit import LONGEST_REFUSAL, AuditError, record
-from client.boundary.files import replace_bytes
+from shared.host.files import replace_bytes
 
 FILE = "daily.json"  # in the site's state folder: the day, and how many messages of each kind came
 MOST_A_DAY = 2000  # a centre asks who a hospital is once a run, or once a round where it turns the hospital away

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.boundary.files import replace_bytes
+from shared.host.files import replace_bytes
 from shared.refusals import Refusal, Refused
 from shared.rules import Policy
 from shared.site import Site

@@ -6,13 +6,13 @@ Stays in the hospital.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from client.dicom.faults import Fault
 from client.dicom.series import CtSeries
 from client.ingest.label_table import LabelError, LabelRow, some
+from shared.host.files import replace_text
 from shared.site import Site, SiteError
 
 SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
@@ -133,9 +133,7 @@ def splits_of(site: Site, patients: Iterable[str], keep: bool = True) -> dict[st
         )
     splits = assign_splits(patients, known)
     if keep and splits != known:
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(splits, indent=1))
-        os.replace(partial, path)
+        replace_text(path, json.dumps(splits, indent=1))
     return splits
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from client.node.frames import reply_frames
 from client.node.parts import bounded_memory, check_parts
 from client.node.task import Task
 from shared.config import ConfigError, config_digest, parse_config
+from shared.host.files import replace_text
 from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site
 from shared.wire.instructions import InstructionError, RepeatedError, open_instruction
@@ -118,12 +118,7 @@ def first_time(folder: Path, nonce: str, until: float, now: Callable[[], float] 
         if len(known) >= MOST_ANSWERED:
             raise InstructionError(f"more than {MOST_ANSWERED} instructions in a few hours")
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "w") as file:
-            json.dump(known | {nonce: until}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_text(path, json.dumps(known | {nonce: until}))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         if isinstance(error, InstructionError):
             raise

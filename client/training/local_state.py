@@ -11,9 +11,9 @@ from pickle import UnpicklingError
 
 import torch
 
-from client.boundary.files import replace_bytes
 from client.boundary.footing import Footing
 from client.training.round import Learner, TrainError
+from shared.host.files import replace_bytes
 from shared.refusals import Refusal
 
 KEPT_ROUNDS = 3

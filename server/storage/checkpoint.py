@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from shared.host.files import replace_bytes
 from shared.wire.records import Tensors
 
 KEPT = 2
@@ -69,16 +69,9 @@ def write_tensors(path: Path, arrays: Tensors, metadata: dict[str, str]) -> None
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(save(whole, metadata=metadata | {_HASH: _hash(whole, metadata)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a half-written file would keep a full disk full
-        raise
+    for left in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    replace_bytes(path, save(whole, metadata=metadata | {_HASH: _hash(whole, metadata)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, NDArray], dict[str, str]]:

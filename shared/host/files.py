@@ -1,21 +1,52 @@
-"""Small text files that are replaced in one step, and logs that do not grow for ever."""
+"""Files that are replaced in one step, files that are their user's alone, and logs that do not grow for ever."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+def replace_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file beside its place, under a name of this process's own, sync it and move it there.
+
+    Raises:
+      OSError: it cannot be written, as on a full disk; what was there is there still.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a half-written file would keep a full disk full
+        raise
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place, under a name of this process's own, and move it there: nobody reads a part of it.
+    """Do the same with a text in UTF-8.
 
     Raises:
       OSError: it cannot be written; what was there is there still.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    replace_bytes(path, text.encode())
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Have what this process and its children make belong to its user alone, until the block ends.
+
+    Slices, keys, heads and the audit log would otherwise be readable to every user of the machine.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def bound_log(path: Path, largest: int) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from server.federation.heads import fit_probe
 from shared.config import RunConfig, parse_config
+from shared.host.files import replace_text
 from shared.metrics import Scores
 from shared.model.batches import Batch, read_batch
 from shared.model.swin import VARIANTS, MultiTaskSwin
@@ -253,9 +254,7 @@ def _store(job: Job, config: RunConfig, commit: str, trained: list[Trained], mea
         "measures": measures,
     }
     job.result.parent.mkdir(parents=True, exist_ok=True)
-    partial = job.result.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")))
-    os.replace(partial, job.result)
+    replace_text(job.result, json.dumps(content, separators=(",", ":")))
 
 
 @functools.cache
