@@ -7,7 +7,6 @@ held-out hospitals comes after (server/evaluation/evaluate.py), from the folder 
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from server.federation.heads import HEADS, ProbeError, final_heads, keeps_heads
 from server.federation.plausible import check_tally
 from server.federation.robust import longest_update
 from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
-from server.federation.strategy import RoundResult, repeat_round
+from server.federation.round_line import describe_round, round_text
+from server.federation.strategy import repeat_round
 from server.storage.checkpoint import (
     CheckpointError,
     Moments,
@@ -45,12 +45,10 @@ from server.storage.run_folder import (
     write_status,
 )
 from shared.config import ConfigError, RunConfig, parse_config
-from shared.metrics import auc
 from shared.model.scoring import build_model
 from shared.model.swin import ModelError, load_pretrained
 from shared.site import SiteError
 from shared.slices import CacheError
-from shared.tally import spread
 from shared.wire.foreign import shown
 from shared.wire.records import (
     Tensors,
@@ -211,58 +209,6 @@ def test_seen(
             say(f"  {site}: no counts of the {stage} model: {error}")
 
 
-def describe_round(number: int, result: RoundResult) -> dict:
-    """A line of rounds.jsonl."""
-    sites = {}
-    for name, site in result.sites.items():
-        slices = site.metrics.get("slices")
-        losses = (
-            {k: site.metrics[k] / slices for k in ("cls", "seg", "rec", "total") if k in site.metrics} if slices else {}
-        )
-        validation = {}
-        if site.tally is not None:
-            area = float(auc(spread(site.tally).counts[0]))
-            validation = {
-                "val_auc_before": None if np.isnan(area) else area,
-                "val_dice_before": float(site.tally.dice_sum[0] / max(site.tally.dice_slices[0], 1)),
-            }
-        seconds = {"seconds": site.metrics["seconds"]} if "seconds" in site.metrics else {}
-        sites[name] = {
-            "weight": site.weight,
-            "bytes_up": site.bytes_up,
-            "norm": float(f"{site.norm:.6g}"),
-            **({"shrunk": result.shrunk[name]} if name in result.shrunk else {}),
-            "audit": site.audit,
-            **({"withheld": site.withheld} if site.withheld else {}),
-            **seconds,
-            **losses,
-            **validation,
-        }
-    return {
-        "round": number,
-        "time": time.time(),
-        "seconds": result.seconds,
-        "bytes_down": result.bytes_down * len(sites),
-        "bytes_up": sum(site.bytes_up for site in result.sites.values()),
-        "sites": sites,
-        "refused": result.refused,
-    }
-
-
-def round_text(line: dict, rounds: int) -> str:
-    """A round in one line for the log."""
-    told = [site for site in line["sites"].values() if site.keys() >= {"total", "cls", "seg", "rec"}]
-    text = f"round {line['round']}/{rounds}: {len(line['sites'])} hospitals, {line['seconds']:.1f} s"
-    if told:
-        text += ", loss " + " ".join(f"{k} {np.mean([s[k] for s in told]):.3f}" for k in ("total", "cls", "seg", "rec"))
-    areas = [s["val_auc_before"] for s in told if s.get("val_auc_before") is not None]
-    if areas:
-        text += f", validation AUC before it {np.mean(areas):.3f}"
-    shrunk = {site: s["shrunk"] for site, s in line["sites"].items() if "shrunk" in s}
-    text += "".join(f"\n  {site}: its update was shortened to {v:.2g} of its length" for site, v in shrunk.items())
-    return text + "".join(f"\n  refused {site}: {why}" for site, why in line["refused"].items())
-
-
 def finish(run: Path, members: list[Member]) -> None:
     """Summary and report of what is known so far: all but the held-out hospitals."""
     rounds = read_rounds(run)
@@ -271,8 +217,8 @@ def finish(run: Path, members: list[Member]) -> None:
         {
             "rounds": len(rounds),
             "sites": {m.site: _public(m) for m in members},
-            "bytes_up_per_round": float(np.mean([line["bytes_up"] for line in rounds])),
-            "seconds_per_round": float(np.mean([line["seconds"] for line in rounds])),
+            "bytes_up_per_round": float(np.mean([line.bytes_up for line in rounds])),
+            "seconds_per_round": float(np.mean([line.seconds for line in rounds])),
         },
     )
     summarise_run(run)

@@ -105,7 +105,7 @@ class Daemon:
         self._start_flower()
         wanted = read_wanted(self._centre)
         if wanted is not None and wanted.status == "running":  # of the SuperLink before
-            ended = read_status(self._centre.runs / wanted.name).get("state") == "finished"
+            ended = read_status(self._centre.runs / wanted.name).state == "finished"
             self._write(wanted, status="finished" if ended else "waiting", error="" if ended else RESTARTED)
         self._registered = {}
         self._sync_sites()
@@ -301,7 +301,7 @@ class Daemon:
 
     def _follow(self, wanted: Wanted) -> None:
         """See whether the run has ended, and how."""
-        said = read_status(self._centre.runs / wanted.name).get("state")
+        said = read_status(self._centre.runs / wanted.name).state
         if said not in ("finished", "failed") and time.monotonic() - self._looked < ASK_FLOWER_S:
             return
         self._looked = time.monotonic()
@@ -309,10 +309,10 @@ class Daemon:
         status = runs[0]["status"]
         if not status.startswith("finished"):
             return
-        error = read_status(self._centre.runs / wanted.name).get("error", "")
+        error = read_status(self._centre.runs / wanted.name).error
         if status == "finished:completed":
             self._write(wanted, status="finished", error="")
-        elif said in ("failed", None):  # it said why, or never began; to do the same again would end the same
+        elif said in ("failed", ""):  # it said why, or never began; to do the same again would end the same
             self._write(wanted, status="failed", error=error or runs[0].get("status-details", status))
         elif wanted.attempts >= MOST_ATTEMPTS:
             self._write(wanted, status="failed", error=f"{status} {MOST_ATTEMPTS} times; see {self._log('superexec')}")

@@ -16,6 +16,7 @@ from server.centre.config import CONNECTION, Centre, CentreError, expiry_warning
 from server.centre.flower_commands import flwr
 from server.centre.registry import read_nodes, read_sites
 from server.centre.run_request import TERMINAL, Wanted, is_running, read_trouble, read_wanted
+from server.storage.lines import RoundLine
 from server.storage.run_folder import read_rounds, read_status
 from shared.host.systemd import unit_text
 
@@ -82,26 +83,26 @@ def run_lines(centre: Centre, wanted: Wanted) -> Iterator[str]:
     status, rounds = read_status(run), read_rounds(run)
     told = f"run {wanted.name}: {wanted.status}"
     if rounds:
-        told += f", {rounds[-1]['round']} rounds done, the last {_ago(rounds[-1]['time'])}"
+        told += f", {rounds[-1].round} rounds done, the last {_ago(rounds[-1].time)}"
     if wanted.attempts > 1:
         told += f", started {wanted.attempts} times"
     yield told + (f"; {wanted.error}" if wanted.error else "")
-    if wanted.status not in TERMINAL and status:
-        doing = {"waiting": "waiting for"}.get(status["state"], status["state"])
-        yield f"  {doing} {status.get('what', '')} {_ago(status['time'])}".rstrip()
-        if status.get("sites"):
-            yield f"  not answered yet: {', '.join(status['sites'])}"
+    if wanted.status not in TERMINAL and status.state:
+        doing = {"waiting": "waiting for"}.get(status.state, status.state)
+        yield f"  {doing} {status.what} {_ago(status.time)}".rstrip()
+        if status.sites:
+            yield f"  not answered yet: {', '.join(status.sites)}"
     for site, (number, reason) in sorted(last_refusals(rounds).items()):
         yield f"  last error of {site}, round {number}: {reason}"
 
 
-def last_refusals(rounds: list[dict]) -> dict[str, tuple[int, str]]:
+def last_refusals(rounds: list[RoundLine]) -> dict[str, tuple[int, str]]:
     """Site -> round and reason of its last error that no good update followed."""
     last = {}
     for line in rounds:
-        for site in line["sites"]:
+        for site in line.sites:
             last.pop(site, None)
-        last |= {site: (line["round"], why) for site, why in line["refused"].items()}
+        last |= {site: (line.round, why) for site, why in line.refused.items()}
     return last
 
 
@@ -120,15 +121,15 @@ def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> Wanted:
     while True:
         rounds = read_rounds(centre.runs / name)
         for line in rounds[shown:]:
-            refused = "".join(f"; {site}: {why}" for site, why in line["refused"].items())
-            say(f"round {line['round']}: {', '.join(sorted(line['sites']))} in {line['seconds']:.1f} s{refused}")
+            refused = "".join(f"; {site}: {why}" for site, why in line.refused.items())
+            say(f"round {line.round}: {', '.join(sorted(line.sites))} in {line.seconds:.1f} s{refused}")
         shown = len(rounds)
         status = read_status(centre.runs / name)
-        now = f"{status.get('state')} {status.get('what', '')}"
-        if status and now != state:
+        now = f"{status.state} {status.what}"
+        if status.state and now != state:
             state = now
-            if status["state"] == "waiting":
-                say(f"waiting for {status.get('what', '')}")
+            if status.state == "waiting":
+                say(f"waiting for {status.what}")
         wanted = read_wanted(centre)
         if wanted is None or wanted.name != name or wanted.status in TERMINAL:
             return wanted

@@ -149,7 +149,7 @@ def evaluate_unseen(
 
 def trained_sites(run: Path) -> set[str]:
     """Names of the sites that took part in a round."""
-    return {site for line in read_rounds(run) for site in line["sites"]}
+    return {site for line in read_rounds(run) for site in line.sites}
 
 
 def model_hash(model: MultiTaskSwin, heads: Sequence[Mapping[str, torch.Tensor]]) -> str:

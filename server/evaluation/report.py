@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from server.storage.lines import RoundLine
 from server.storage.run_folder import EXAMPLES, load_tallies, read_config, read_rounds, read_summary
 from shared.metrics import roc_points
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
@@ -87,7 +88,7 @@ def write_report(run: Path) -> Path:
         main_rows=_main_rows(before, after),
         site_rows=_site_rows(summary, after),
         part_rows=_part_rows(rounds),
-        refusals=[f"Round {r['round']}: {site}: {why}" for r in rounds for site, why in r["refused"].items()],
+        refusals=[f"Round {r.round}: {site}: {why}" for r in rounds for site, why in r.refused.items()],
         curves=svg_uri(_curves(rounds)),
         roc=svg_uri(_roc(run)),
         examples=data_uri(examples.read_bytes(), "image/png") if examples.is_file() else "",
@@ -158,20 +159,20 @@ def _site_rows(summary: dict, after: dict) -> list[dict]:
     return rows
 
 
-def _part_rows(rounds: list[dict]) -> list[dict]:
+def _part_rows(rounds: list[RoundLine]) -> list[dict]:
     """Per training hospital: rounds, refusals, bytes, seconds."""
-    names = sorted({name for line in rounds for name in [*line["sites"], *line["refused"]]})
+    names = sorted({name for line in rounds for name in [*line.sites, *line.refused]})
     rows = []
     for name in names:
-        took = [line["sites"][name] for line in rounds if name in line["sites"]]
-        seconds = [site["seconds"] for site in took if "seconds" in site]
+        took = [line.sites[name] for line in rounds if name in line.sites]
+        seconds = [site.seconds for site in took if site.seconds is not None]
         rows.append(
             {
                 "site": name,
-                "weight": f"{took[-1]['weight']:g}" if took else "–",
+                "weight": f"{took[-1].weight:g}" if took else "–",
                 "rounds": len(took),
-                "refused": sum(name in line["refused"] for line in rounds),
-                "sent": _size(float(np.mean([site["bytes_up"] for site in took]))) if took else "–",
+                "refused": sum(name in line.refused for line in rounds),
+                "sent": _size(float(np.mean([site.bytes_up for site in took]))) if took else "–",
                 "seconds": f"{np.mean(seconds):.1f} s" if seconds else "–",
             }
         )
@@ -183,11 +184,11 @@ def _size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def _curves(rounds: list[dict]) -> Figure:
+def _curves(rounds: list[RoundLine]) -> Figure:
     """Three losses and the validation AUC over the rounds, one line per hospital."""
     figure = Figure(figsize=(11, 2.9), layout="constrained")
     panels = figure.subplots(1, 4)
-    names = sorted({name for line in rounds for name in line["sites"]})
+    names = sorted({name for line in rounds for name in line.sites})
     titles = {
         "cls": "classification loss",
         "seg": "segmentation loss",
@@ -198,9 +199,9 @@ def _curves(rounds: list[dict]) -> Figure:
         shift = 1 if key == "val_auc_before" else 0  # measured before the round
         for number, name in enumerate(names):
             points = [
-                (r["round"] - shift, r["sites"][name][key])
-                for r in rounds
-                if r["sites"].get(name, {}).get(key) is not None
+                (line.round - shift, getattr(line.sites[name], key))
+                for line in rounds
+                if name in line.sites and getattr(line.sites[name], key) is not None
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), color=COLOURS[number % len(COLOURS)], lw=1.4, label=name)

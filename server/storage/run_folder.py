@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
 
+from server.storage.lines import RoundLine, RunStatus
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.host.files import replace_text
 from shared.metrics import Tally
@@ -142,7 +144,7 @@ def flatten(sections: dict[str, dict]) -> dict:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
-def write_status(run: Path, state: str, **facts: object) -> None:
+def write_status(run: Path, state: str, **facts: Any) -> None:
     """Say in status.json how a run stands: "running", "waiting", "finished", "failed" or "crashed", and what of.
 
     It is for those who look; a full disk does not stop a run here.
@@ -150,7 +152,7 @@ def write_status(run: Path, state: str, **facts: object) -> None:
     try:
         replace_text(
             run / "status.json",
-            json.dumps({"state": state, "time": time.time(), **facts}, indent=2, allow_nan=False) + "\n",
+            json.dumps(RunStatus(state, time.time(), **facts).to_json(), indent=2, allow_nan=False) + "\n",
         )
     except OSError as error:
         print(f"status.json cannot be written ({error.strerror}): {state} {facts}", flush=True)
@@ -177,10 +179,10 @@ def write_patiently(run: Path, write: Callable[[], None]) -> None:
             time.sleep(DISK_PAUSE_S)
 
 
-def read_status(run: Path) -> dict:
+def read_status(run: Path) -> RunStatus:
     """What write_status wrote last; empty before that."""
     path = run / "status.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return RunStatus.from_json(json.loads(path.read_text())) if path.is_file() else RunStatus()
 
 
 def new_run_name(config: RunConfig) -> str:
@@ -200,27 +202,29 @@ def read_config(run: Path) -> RunConfig:
     return parse_config(flatten(tomllib.loads(path.read_text())))
 
 
-def append_round(run: Path, line: dict) -> None:
+def append_round(run: Path, line: RoundLine) -> None:
     """Add a round to rounds.jsonl, on a line of its own whatever a crash left there."""
     path = run / "rounds.jsonl"
     before = path.read_bytes() if path.is_file() else b""
     with open(path, "a") as file:
-        file.write(("\n" if before and not before.endswith(b"\n") else "") + json.dumps(line, allow_nan=False) + "\n")
+        file.write(
+            ("\n" if before and not before.endswith(b"\n") else "") + json.dumps(line.to_json(), allow_nan=False) + "\n"
+        )
 
 
-def read_rounds(run: Path) -> list[dict]:
+def read_rounds(run: Path) -> list[RoundLine]:
     """All rounds, in order; of a round that was done again after a crash, the last."""
     path = run / "rounds.jsonl"
     lines = [_line(text) for text in path.read_text().splitlines()] if path.is_file() else []
     lines = [line for line in lines if line is not None]
-    return [line for _, line in sorted({line["round"]: line for line in lines}.items())]
+    return [line for _, line in sorted({line.round: line for line in lines}.items())]
 
 
-def _line(text: str) -> dict | None:
+def _line(text: str) -> RoundLine | None:
     """A line of rounds.jsonl; None for one that a crash cut off, whose round is done again."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return RoundLine.from_json(json.loads(text))
+    except (ValueError, AttributeError):
         return None
 
 

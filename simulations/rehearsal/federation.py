@@ -178,7 +178,7 @@ class Federation:
 
         def waits() -> bool:
             status = read_status(self.run_folder(run))
-            return status.get("state") == "waiting" and text in status.get("what", "")
+            return status.state == "waiting" and text in status.what
 
         self.wait_for(waits, timeout_s, f"{run} waiting for {text!r}")
 

@@ -103,7 +103,7 @@ def _run_with_outages(federation: Federation, config: dict[str, object], say: Ca
     for number in range(1, rounds + 1):
         federation.wait_rounds(RUN, number, ROUND_TIMEOUT_S)
         line = read_rounds(federation.run_folder(RUN))[number - 1]
-        say(f"round {number} of {rounds}: {len(line['sites'])} hospitals in {line['seconds']:.0f} s")
+        say(f"round {number} of {rounds}: {len(line.sites)} hospitals in {line.seconds:.0f} s")
         if number in outages:
             who = outages[number]
             say(f"power cut: every process of {who} is killed, and started again")

@@ -205,8 +205,8 @@ def test_a_run_with_other_code_is_refused_by_name_and_none_of_it_runs(federation
     federation.wait_online(["hospital-01"])
     flwr(federation.centre, "run", str(copy), CONNECTION, "--run-config", str(tmp_path / "keys.toml"))
     run = runs / "other"
-    federation.wait_for(lambda: read_status(run).get("state") == "failed", 240, "the end of the other run")
-    assert "the run brings other client code than the site installed" in read_status(run)["error"]
+    federation.wait_for(lambda: read_status(run).state == "failed", 240, "the end of the other run")
+    assert "the run brings other client code than the site installed" in read_status(run).error
     federation.stop("hospital-01")
     assert not ran.exists()
     assert not any("loot" in str(path) or path.suffix == ".fab" for path in federation.state("hospital-01").rglob("*"))

@@ -66,7 +66,7 @@ def wait_refused(federation: Federation, name: str, after: int) -> str:
     found = []
 
     def refused() -> bool:
-        found[:] = [line["refused"][name] for line in rounds(federation)[after:] if name in line["refused"]]
+        found[:] = [line.refused[name] for line in rounds(federation)[after:] if name in line.refused]
         return bool(found)
 
     federation.wait_for(refused, 240, f"{name} refused")
@@ -77,7 +77,7 @@ def wait_back(federation: Federation, name: str) -> None:
     """Return when a hospital takes part in a round that has not begun yet."""
     after = len(rounds(federation)) + 1
     federation.wait_for(
-        lambda: any(name in line["sites"] for line in rounds(federation)[after:]), 400, f"{name} taking part again"
+        lambda: any(name in line.sites for line in rounds(federation)[after:]), 400, f"{name} taking part again"
     )
 
 
@@ -88,7 +88,7 @@ def training_app(federation: Federation, name: str) -> psutil.Process:
 
 
 def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
-    assert all("hospital-03" not in line["sites"] for line in rounds(federation))
+    assert all("hospital-03" not in line.sites for line in rounds(federation))
     enrol(federation, "hospital-03")
     federation.start("hospital-03")
     wait_back(federation, "hospital-03")
@@ -107,9 +107,9 @@ def test_a_slow_hospital_is_waited_for_until_the_deadline_and_asked_again_once_i
     slow.send_signal(signal.SIGCONT)
     wait_back(federation, "hospital-03")
     # The rounds meanwhile went on with the others, and did not wait for it again.
-    missed = [line for line in rounds(federation)[after:] if "hospital-03" not in line["sites"]]
-    assert all({"hospital-01"} <= set(line["sites"]) for line in missed)
-    assert sum("hospital-03" in line["refused"] for line in missed) == 1
+    missed = [line for line in rounds(federation)[after:] if "hospital-03" not in line.sites]
+    assert all({"hospital-01"} <= set(line.sites) for line in missed)
+    assert sum("hospital-03" in line.refused for line in missed) == 1
 
 
 def test_a_client_app_that_is_killed_while_it_trains_costs_its_round_alone(federation: Federation) -> None:

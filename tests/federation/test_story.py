@@ -45,7 +45,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
 
         # The centre loses power in the middle of a round.
         folder = federation.run_folder("story")
-        federation.wait_for(lambda: read_status(folder).get("what") == "round 3 of 3", 400, "round 3")
+        federation.wait_for(lambda: read_status(folder).what == "round 3 of 3", 400, "round 3")
         federation.cut_power("centre")
         federation.start("centre")
         assert federation.wait_end("story", 600) == "finished"
@@ -58,8 +58,8 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
 
     run = federation.run_folder("story")
     assert "run story: finished, 3 rounds done" in told
-    assert [line["round"] for line in read_rounds(run)] == [1, 2, 3]
-    assert all(set(line["sites"]) == set(NAMES) for line in read_rounds(run))
+    assert [line.round for line in read_rounds(run)] == [1, 2, 3]
+    assert all(set(line.sites) == set(NAMES) for line in read_rounds(run))
     assert read_summary(run)["evaluation"]["seen"]["auc"]["value"] is not None
 
     alone = CONFIG | {"run.folder": str(tmp_path / "runs"), "run.id": "alone"}
@@ -72,7 +72,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
 
     # What the centre received of the hospitals' audit logs is in them.
     for name in NAMES:
-        received = tuple(line["sites"][name]["audit"] for line in read_rounds(run))
+        received = tuple(line.sites[name].audit for line in read_rounds(run))
         verdict = verify(federation.state(name), received)
         assert verdict.faults == ()
         assert verdict.entries > 3

@@ -59,7 +59,7 @@ def test_training_moved_the_encoder_and_lowered_the_loss(finished: Path) -> None
     assert all(not np.array_equal(initial[n], final.arrays[n]) for n in initial if n.endswith("weight"))
     first, last = read_rounds(finished)
     for name in NAMES:
-        assert last["sites"][name]["rec"] < first["sites"][name]["rec"]
+        assert last.sites[name].rec < first.sites[name].rec
 
 
 def test_the_report_is_one_page_that_needs_no_other(finished: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_stopped_run_resumed_is_the_undisturbed_run(copied_hospitals: SmallHos
     # The client that was asked had trained round 2 when the server died; it must not train it twice from there.
     resumed, _ = run(copied_hospitals, tmp_path / "b", run__id="stopped", run__resume=True)
     expected, found = load_checkpoint(whole / "checkpoint"), load_checkpoint(resumed / "checkpoint")
-    assert [line["round"] for line in read_rounds(resumed)] == [1, 2]
+    assert [line.round for line in read_rounds(resumed)] == [1, 2]
     for name, value in expected.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], value, err_msg=name)
 
@@ -138,9 +138,9 @@ def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: Small
     folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
     summary, (line,) = read_summary(folder), read_rounds(folder)
     assert "patients" not in summary["sites"]["hospital-02"]
-    assert "cls" in line["sites"]["hospital-01"]
-    assert "cls" not in line["sites"]["hospital-02"]
-    assert "bytes_up" in line["sites"]["hospital-02"], "its encoder took part"
+    assert line.sites["hospital-01"].cls is not None
+    assert line.sites["hospital-02"].cls is None
+    assert line.sites["hospital-02"].bytes_up > 0, "its encoder took part"
     assert set(summary["evaluation"]["per_site"]) == {"hospital-01"}
     page = (folder / "report.html").read_text()
     assert "hospital-02" in page

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from client.boundary.evaluations import FILE, MONTH_S, EvaluationsError, reserve, round_stage
 from client.training.round import RoundReport
 from client.training.round_numbers import coarse_losses
-from server.app import describe_round
+from server.federation.round_line import describe_round
 from server.federation.strategy import RoundResult, _site_round
 from server.storage.checkpoint import Moments
 from shared.refusals import Refusal
@@ -199,8 +199,8 @@ def test_the_centre_leaves_out_numbers_of_an_earlier_attempt(file: Path) -> None
     other = _site_round(reply.content, 1.0, 1.0, counts, "another")
     assert (other.tally, other.metrics) == (None, {})
     line = describe_round(1, RoundResult({}, Moments(), {"a": known, "b": other}, {}, {}, 0, 1.0))
-    assert json.loads(json.dumps(line))["sites"]["b"]["withheld"].endswith("an earlier attempt at this round")
-    assert "withheld" not in line["sites"]["a"]
+    assert json.loads(json.dumps(line.to_json()))["sites"]["b"]["withheld"].endswith("an earlier attempt at this round")
+    assert "withheld" not in line.to_json()["sites"]["a"]
 
 
 def test_a_run_of_one_hospital_gives_numbers_in_each_round(file: Path) -> None:

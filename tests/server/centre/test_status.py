@@ -14,6 +14,7 @@ from server.centre.config import Centre, CentreError
 from server.centre.registry import read_sites
 from server.centre.run_request import TERMINAL, Wanted, is_running, lock_path, read_wanted, want_run, write_wanted
 from server.centre.status import follow_run, last_refusals, online, sites_table, status_lines, write_unit
+from server.storage.lines import RoundLine, SiteLine
 from server.storage.run_folder import append_round, write_status
 from shared.host.processes import hold
 from tests.support.centres import closed_port, enrol, make_centre
@@ -41,9 +42,10 @@ def lines(centre: Centre) -> list[str]:
 
 def done(centre: Centre, number: int, sites: tuple[str, ...] = (), ago_s: float = 0.0, **refused: str) -> None:
     """A round as server/app.py keeps it."""
-    line = {"round": number, "sites": {site: {"weight": 1.0} for site in sites}, "refused": refused, "seconds": 1.5}
+    took = {site: SiteLine(weight=1.0, bytes_up=0, norm=0.0, audit="") for site in sites}
+    line = RoundLine(number, time.time() - ago_s, 1.5, 0, 0, took, refused)
     (centre.runs / "one").mkdir(parents=True, exist_ok=True)
-    append_round(centre.runs / "one", line | {"time": time.time() - ago_s})
+    append_round(centre.runs / "one", line)
 
 
 def stands(centre: Centre, state: str, **facts: object) -> None:

@@ -1,0 +1,124 @@
+"""What a run says of itself as it goes: a line of rounds.jsonl, and status.json.
+
+JSON's keys are the fields' names; a field that is None or empty where that is its default has no key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Line:
+    """A dataclass that writes itself as JSON's dict, and reads itself from one; keys that it does not know are left out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that differ from their default, and those without one."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read what to_json wrote.
+
+        Raises:
+          ValueError: a field without a default is missing.
+        """
+        try:
+            return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__} without {error}") from error
+
+
+def _default(one: Any) -> object:
+    """A field's default; of one without, an object that equals nothing."""
+    if one.default_factory is not MISSING:
+        return one.default_factory()
+    return object() if one.default is MISSING else one.default
+
+
+@dataclass(frozen=True)
+class SiteLine(Line):
+    """One hospital in a round.
+
+    Attributes:
+      weight: of its update in the mean.
+      bytes_up: what it sent.
+      norm: length of its update, to six digits.
+      audit: newest hash of its audit log before it sent this.
+      shrunk: what its update was multiplied by, where it was longer than federation.norm_bound.
+      withheld: why the numbers below are missing.
+      seconds: wall clock of its training.
+      cls, seg, rec, total: mean losses over its slices.
+      val_auc_before, val_dice_before: of the encoder that the round began with, with its own heads, on its validation split.
+    """
+
+    weight: float
+    bytes_up: int
+    norm: float
+    audit: str
+    shrunk: float | None = None
+    withheld: str = ""
+    seconds: float | None = None
+    cls: float | None = None
+    seg: float | None = None
+    rec: float | None = None
+    total: float | None = None
+    val_auc_before: float | None = None
+    val_dice_before: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundLine(Line):
+    """One round.
+
+    Attributes:
+      round: from 1.
+      time: when it ended, seconds of the epoch.
+      seconds: wall clock of the whole round.
+      bytes_down, bytes_up: sent to all hospitals, and by all.
+      sites: name -> what came of a hospital whose update counts.
+      refused: name -> why a hospital's update does not.
+    """
+
+    round: int
+    time: float
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    sites: dict[str, SiteLine]
+    refused: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, and of each site its own."""
+        return super().to_json() | {"sites": {name: site.to_json() for name, site in self.sites.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read what to_json wrote.
+
+        Raises:
+          ValueError: a field without a default is missing.
+        """
+        sites = {name: SiteLine.from_json(site) for name, site in content.get("sites", {}).items()}
+        return super().from_json({**content, "sites": sites})
+
+
+@dataclass(frozen=True)
+class RunStatus(Line):
+    """How a run stands.
+
+    Attributes:
+      state: "running", "waiting", "finished", "failed" or "crashed"; "" before it said anything.
+      time: when it said so, seconds of the epoch.
+      what: what it does or waits for.
+      sites: who has not answered yet.
+      error: why it failed.
+    """
+
+    state: str = ""
+    time: float = 0.0
+    what: str = ""
+    sites: list[str] = field(default_factory=list)
+    error: str = ""
