@@ -37,6 +37,7 @@ from client.training.local_state import LocalState, make_room
 from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from client.training.round_numbers import RoundNumbers, coarse_losses, keep_numbers, open_round
 from shared.config import RunConfig, parse_config
+from shared.groups import groups_shared
 from shared.model.scoring import best_device, score_slices
 from shared.refusals import Refusal
 from shared.site import Site
@@ -48,7 +49,6 @@ from shared.wire.records import (
     arrays_to_record,
     expected_shapes,
     from_record,
-    groups_shared,
     tally_to_arrays,
     tested_hash,
     to_arrays,

@@ -10,12 +10,11 @@ import typer
 
 from client.dicom.elements import silence_readers
 from client.dicom.faults import Fault, by_reason
-from client.ingest.ingest import IngestError, IngestReport, ingest
+from client.ingest.ingest import IngestReport, ingest
+from shared.errors import HemafedError
 from shared.host.console import Bars, fail, say
 from shared.host.files import private_files
-from shared.site import Site, SiteError, read_site
-from shared.slices import CacheError
-from shared.wire.enrolment import EnrolError
+from shared.site import Site, read_site
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +43,7 @@ def ingest_command(
         site = read_site(site_yaml)
         with private_files(), Bars(site.name) as bars:
             report = ingest(site, workers, bars.show)
-    except (SiteError, IngestError, CacheError) as error:
+    except HemafedError as error:
         fail(error)
     say(report_text(site.name, report))
 
@@ -67,7 +66,7 @@ def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
         with Bars(site.name) as bars:
             result = check(site, workers, bars.show)
         pages = [write_page(result, site_yaml.absolute().parent), write_json(result, site_yaml.absolute().parent)]
-    except (SiteError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error, 2)
     counts = result.counts
     say(
@@ -101,7 +100,7 @@ def find_command(
         for code, what in find(site, codes):
             found += 1
             say(f"{code}: {what}")
-    except (SiteError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error, 2)
     if found < len(set(codes)):
         say(f"{len(set(codes)) - found} codes are not of this folder as it is now; run the report again")
@@ -118,7 +117,7 @@ def audit_command(
 
     Ends with 0 if it is, 1 if a line was changed, removed or added.
     """
-    from client.boundary.audit import AuditError, verify
+    from client.boundary.audit import verify
 
     try:
         site = read_site(site_yaml)
@@ -126,7 +125,7 @@ def audit_command(
         if not check:
             for line in audit_lines(site):
                 say(line)
-    except (SiteError, AuditError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error, 2)
     for fault in verdict.faults:
         say(f"fault: {fault}")
@@ -172,7 +171,7 @@ def init_command(
     try:
         with private_files():
             centre, written = init_site(invitation, site_yaml, request)
-    except (EnrolError, SiteError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     if written:
         say(f"wrote {site_yaml}: name the folders of your data in it")
@@ -213,7 +212,7 @@ def join_command(
             return
         with private_files():
             join(site, site_yaml, say)
-    except (SiteError, EnrolError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
 
 

@@ -18,7 +18,7 @@ from server.centre.registry import registered_nodes
 from server.centre.signing import sign_as_centre
 from server.evaluation.evaluate import EvaluationError, summarise_run
 from server.evaluation.report import write_report
-from server.federation.heads import HEADS, ProbeError, final_heads, keeps_heads
+from server.federation.heads import ProbeError, final_heads, keeps_heads
 from server.federation.plausible import check_tally
 from server.federation.robust import longest_update
 from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
@@ -45,6 +45,7 @@ from server.storage.run_folder import (
     write_status,
 )
 from shared.config import ConfigError, RunConfig, parse_config
+from shared.groups import HEADS, groups_shared
 from shared.model.scoring import build_model
 from shared.model.swin import ModelError, load_pretrained
 from shared.site import SiteError
@@ -55,7 +56,6 @@ from shared.wire.records import (
     UpdateError,
     expected_shapes,
     from_record,
-    groups_shared,
     part_of,
     tally_from_record,
     tested_hash,

@@ -10,16 +10,17 @@ from typing import Annotated
 
 import typer
 
-from server.centre.authority import AuthorityError, days_left, fingerprint
+from server.centre.authority import days_left, fingerprint
 from server.centre.config import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.centre.daemon import Daemon
 from server.centre.registry import INVITATION_DAYS, invitation_path, invite, register, revoke
 from server.centre.run_request import TERMINAL, is_running, read_wanted, want_run, write_wanted
 from server.centre.status import follow_run, sites_table, status_lines, write_unit
-from server.storage.run_folder import RunError, check_run, flatten, new_run_name, read_keys
-from shared.config import ConfigError, parse_config
+from server.storage.run_folder import check_run, flatten, new_run_name, read_keys
+from shared.config import parse_config
+from shared.errors import HemafedError
 from shared.host.console import console, fail, say
-from shared.wire.enrolment import EnrolError, Request, read_letter
+from shared.wire.enrolment import Request, read_letter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +50,7 @@ def init(
         centre = Centre(folder.absolute(), host, port, listen, loopback_port)
         init_centre(centre)
         unit = write_unit(centre)
-    except (CentreError, AuthorityError, OSError, ValueError) as error:
+    except (HemafedError, OSError, ValueError) as error:
         fail(error)
     say(
         f"made the centre of {host} in {folder}; its authority's fingerprint is {fingerprint(centre.authority.certificate)}"
@@ -73,7 +74,7 @@ def invite_command(
     try:
         centre = read_centre(folder)
         invitation, path = invite(centre, site, days), invitation_path(centre, site)
-    except (CentreError, AuthorityError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     say(f"wrote {path}, good until {invitation.expires}; send it to the hospital, which answers with")
     say(f"    hemafed-client init {path.name} site.yaml")
@@ -87,7 +88,7 @@ def register_command(
     try:
         centre = read_centre(folder)
         site = register(centre, read_letter(request, Request))
-    except (CentreError, EnrolError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     say(f"site {site.site} is registered. Let the hospital read its fingerprint to you; it must be")
     say(f"    {site.fingerprint}")
@@ -100,7 +101,7 @@ def revoke_command(folder: CentreFolder, site: SiteName) -> None:
     try:
         centre = read_centre(folder)
         revoke(centre, site)
-    except (CentreError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     say(f"site {site} is revoked{'; the running centre turns it away within seconds' if is_running(centre) else ''}")
 
@@ -111,7 +112,7 @@ def renew_command(folder: CentreFolder) -> None:
     try:
         centre = read_centre(folder)
         renew_certificates(centre)
-    except (CentreError, AuthorityError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     left = days_left(centre.public.certificate)
     say(f"new certificates, good for {left:.0f} days{'; restart the centre to use them' if is_running(centre) else ''}")
@@ -125,7 +126,7 @@ def sites_command(folder: CentreFolder) -> None:
         console.print(sites_table(centre), width=None if console.is_terminal else 200)  # a line with its key
         for warning in expiry_warnings(centre):
             say(warning)
-    except (CentreError, AuthorityError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
 
 
@@ -137,7 +138,7 @@ def start_command(folder: CentreFolder) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, daemon.stop)
         daemon.run()
-    except (CentreError, AuthorityError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
 
 
@@ -160,7 +161,7 @@ def run_command(
         want_run(centre, name, config)
         say(f"run {name} is on its way: hemafed-server status {folder}")
         ended = follow_run(centre, name, say) if follow else None
-    except (CentreError, RunError, ConfigError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     if ended is not None and ended.status != "finished":
         fail(CentreError(f"run {name} {ended.status}: {ended.error or 'on request'}"))
@@ -175,7 +176,7 @@ def stop_command(folder: CentreFolder) -> None:
         if wanted is None or wanted.status in TERMINAL:
             raise CentreError("no run is going on; 'hemafed-server status' shows the last one")
         write_wanted(centre, replace(wanted, stop=True))
-    except (CentreError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     own = shlex.quote(str(centre.runs / wanted.name / "config.toml"))
     say(f"run {wanted.name} is being stopped; to go on with it:")
@@ -188,7 +189,7 @@ def status_command(folder: CentreFolder) -> None:
     try:
         for line in status_lines(read_centre(folder)):
             say(line)
-    except (CentreError, AuthorityError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
 
 
@@ -198,15 +199,11 @@ def evaluate(
     site_yaml: Annotated[list[Path], typer.Argument(help="site.yaml of each held-out hospital, ingested")],
 ) -> None:
     """Test a run's global model on hospitals that never trained; complete its summary and report."""
-    from server.evaluation.results_table import (  # torch and all: slow to load, and only needed here
-        ERRORS,
-        evaluate_run,
-        result_table,
-    )
+    from server.evaluation.results_table import evaluate_run, result_table  # torch and all: slow, and only needed here
 
     try:
         page, summary = evaluate_run(run, site_yaml, lambda line: console.print(line, highlight=False))
-    except ERRORS as error:
+    except HemafedError as error:
         fail(error)
     console.print(result_table(summary))
     console.print(f"report: {page}", highlight=False)
@@ -215,11 +212,11 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/latest")]) -> None:
     """Write a run's summary and report.html anew, with the counts that held-out hospitals sent."""
-    from server.evaluation.results_table import ERRORS, report_anew
+    from server.evaluation.results_table import report_anew
 
     try:
         console.print(f"report: {report_anew(run)}", highlight=False)
-    except ERRORS as error:
+    except HemafedError as error:
         fail(error)
 
 

@@ -15,6 +15,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast, get_type_hints
 
+from shared.errors import HemafedError
+
 Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
 MOST_HU, MOST_WINDOWS = 32768.0, 8  # CT values are int16
@@ -22,7 +24,7 @@ LONGEST_TEXT = 1000  # of a value; the longest are paths
 NAME_WORDS = "up to 64 letters, digits, '-', '_' or '.', a letter or digit first"
 
 
-class ConfigError(ValueError):
+class ConfigError(HemafedError, ValueError):
     """A key or value of the run config is not usable; names it and what was expected."""
 
 

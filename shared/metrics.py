@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from shared.errors import HemafedError
+
 # Score bins are equal steps of the logit, so that confident scores stay apart; beyond the ends they share a bin.
 LOGIT_LIMIT = 10.0
 BINS = 1000
@@ -24,7 +26,7 @@ BINS = 1000
 Counted = NDArray[np.int64] | NDArray[np.float64]  # whole slices, or fractions where a coarser count was spread
 
 
-class MetricsError(ValueError):
+class MetricsError(HemafedError, ValueError):
     """Counts that do not belong together."""
 
 

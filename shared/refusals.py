@@ -12,6 +12,7 @@ from enum import IntEnum
 from types import MappingProxyType
 
 from shared.config import RunConfig
+from shared.errors import HemafedError
 
 FIRST_KEY = 1100  # codes from here on: the run config's keys in their order
 
@@ -82,7 +83,7 @@ def code_of_key(key: str) -> int:
     return FIRST_KEY + list(RunConfig().flat()).index(key)
 
 
-class Refused(RuntimeError):
+class Refused(HemafedError, RuntimeError):
     """A request is refused; its text is for the hospital's log and never leaves a deployed site.
 
     Attributes:

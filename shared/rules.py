@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import RunConfig, Scalar
+from shared.groups import TENSOR_GROUPS
 from shared.site_file import SiteError, section, typed
-
-TENSOR_GROUPS = ("encoder", "cls", "seg", "rec")
 
 
 @dataclass(frozen=True)

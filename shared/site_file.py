@@ -13,11 +13,13 @@ from typing import Any
 
 import yaml
 
+from shared.errors import HemafedError
+
 LARGEST_BYTES = 64 * 1024  # of a site.yaml; real ones have 1 to 4 KiB
 _DEEPEST = 8  # nesting; policy.accept has 4
 
 
-class SiteError(ValueError):
+class SiteError(HemafedError, ValueError):
     """A site.yaml cannot be used; names the key, the value and what was expected."""
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import HemafedError
+
 FORMAT_VERSION = 1
 SIDE_PX = 224
 PIXEL_MM = 1.0
@@ -27,7 +29,7 @@ COLUMNS = ("patient", "series", "z_mm", "spacing_mm", "label", "has_mask", "spli
 SPLITS = ("train", "val", "test")
 
 
-class CacheError(ValueError):
+class CacheError(HemafedError, ValueError):
     """A slice cache is missing, damaged or of another format; names the folder and the next step."""
 
 

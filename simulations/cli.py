@@ -17,25 +17,21 @@ import typer
 from rich.table import Table
 
 from client.dicom.elements import silence_readers
-from client.ingest.ingest import IngestError, ingest
-from client.training.round import TrainError
-from server.centre.authority import AuthorityError
-from server.centre.config import CentreError
-from server.evaluation.results_table import ERRORS, evaluate_run, result_table
+from client.ingest.ingest import ingest
+from server.evaluation.results_table import evaluate_run, result_table
 from server.storage.run_folder import flatten, new_run_name, read_keys
 from shared.config import ConfigError, parse_config
+from shared.errors import HemafedError
 from shared.host.console import Bars, console, fail, say
-from shared.site import SiteError, read_site
+from shared.site import read_site
 from simulations.importers import IMPORTERS, SourceError
 from simulations.phantom.physics import physics_table
 from simulations.phantom.write_hospitals import write_hospitals
-from simulations.rehearsal.federation import FederationError
-from simulations.rehearsal.superlink import SimulationError, run_app, start_superlink
+from simulations.rehearsal.superlink import run_app, start_superlink
 from simulations.studies.design import STORE, all_experiments, jobs, read_experiment
 from simulations.studies.experiments_page import write_tables
 from simulations.studies.results import state
 from simulations.studies.runner import run_jobs
-from simulations.studies.training import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 app = typer.Typer(
@@ -54,7 +50,7 @@ def sites_command(hospitals: Folder = Path("hospitals"), seed: Seed = 0) -> None
     """Write the eleven hospitals as DICOM and ingest them, unless they are there."""
     try:
         sites(hospitals, seed)
-    except (IngestError, SiteError) as error:
+    except HemafedError as error:
         fail(error)
 
 
@@ -102,7 +98,7 @@ def demo(
         folder = runs.absolute() / config["run"]["id"]
         held_out = [file for file, site in zip(files, opened, strict=True) if site.role == "held-out"]
         page, summary = evaluate_run(folder, held_out, say, repeats=True)
-    except (SimulationError, IngestError, *ERRORS) as error:
+    except HemafedError as error:
         fail(error)
     console.print(result_table(summary))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
@@ -125,7 +121,7 @@ def federation_command(
         config = flatten(read_keys(preset, keys or []))
         parse_config(config)
         outcome = rehearse(folder.absolute(), sites(hospitals, seed), config, say)
-    except (FederationError, IngestError, TrainError, CentreError, AuthorityError, *ERRORS) as error:
+    except HemafedError as error:
         fail(error)
     console.print(result_table(outcome.summary))
     deployed = outcome.deployed
@@ -163,7 +159,7 @@ def run_command(
         only = {int(seed) for seed in seeds.split(",")} if seeds else None
         wanted = [job for e in chosen for job in jobs(e) if only is None or job.seed in only]
         run_jobs(wanted, store, workers, say)
-    except (StudyError, TrainError, ValueError) as error:
+    except (HemafedError, ValueError) as error:
         fail(error)
     console.print(f"tables: {write_tables()}", highlight=False)
 
@@ -193,7 +189,7 @@ def import_command(
     try:
         with Bars(data_set) as bars:
             files = IMPORTERS[data_set](source, target, lambda done, total: bars.show("files", done, total))
-    except (SourceError, OSError) as error:
+    except (HemafedError, OSError) as error:
         fail(error)
     for file in files:
         say(f"{file}: next, hemafed-client check {file}")

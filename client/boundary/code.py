@@ -28,6 +28,7 @@ from types import ModuleType
 from flwr.common.config import flatten_dict
 
 from shared.config import Scalar
+from shared.errors import HemafedError
 
 HOSPITAL_CODE = ("client", "shared")  # the bundle's server code never runs in a hospital
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ MOST_RATIO = 100  # Python text packs to a third or a fifth
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+){0,9}")
 
 
-class CodeError(ValueError):
+class CodeError(HemafedError, ValueError):
     """A tree or a bundle is not one of this project's; for the hospital's own log."""
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from shared.config import RunConfig
+from shared.groups import group
 from shared.refusals import Refusal, Refused
-from shared.wire.records import Tensors, group
+from shared.wire.records import Tensors
 
 REACH = 4.0  # a round's step, in lengths of this hospital's own update: others have more slices and longer updates
 ADAM_REACH = 3.0  # FedAdam's step of a value, in server learning rates

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from shared.config import RunConfig, is_name
+from shared.groups import TENSOR_GROUPS
 from shared.refusals import Refusal, Refused
-from shared.rules import TENSOR_GROUPS
 
 ORDER_KEYS = ("run", "server-round", "proximal-mu", "groups", "stage")
 STAGES = ("initial", "final")

@@ -13,10 +13,10 @@ from datetime import datetime, time
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.config import RunConfig
+from shared.groups import group
 from shared.refusals import Refusal, Refused, code_of_key
 from shared.rules import INSTALLED, unsound_key
 from shared.site import Site
-from shared.wire.records import group
 
 # Records of a reply. Tensors are under UPDATE; everything else that depends on patients is counted as metrics.
 UPDATE, METRICS, FACTS = "update", "metrics", "facts"

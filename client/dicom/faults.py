@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shared.errors import HemafedError
+
 _NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d+(?:[.,]\d+)*%?")
 
 
-class DicomError(ValueError):
+class DicomError(HemafedError, ValueError):
     """A file or series cannot be used; the text names no patient, path or UID."""
 
 

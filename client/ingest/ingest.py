@@ -36,11 +36,12 @@ from client.ingest.store import (
 )
 from client.ingest.survey import PART_VERSION, Progress, Survey, fingerprints, read_parts, survey
 from client.ingest.workers import Crew
+from shared.errors import HemafedError
 from shared.site import Site
 from shared.slices import FORMAT_VERSION, read_cache
 
 
-class IngestError(ValueError):
+class IngestError(HemafedError, ValueError):
     """A hospital's data cannot become a cache; says what is wrong and the next step."""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.dicom.elements import pseudonym
+from shared.errors import HemafedError
 from shared.site import Site
 
 COLUMNS = ("series_uid", "sop_uid", "slice_index", "hypodensity")
@@ -23,7 +24,7 @@ _AS_TEXT = "a spreadsheet took it for a number and rounded it: import the column
 _SAVE = "save it as CSV UTF-8 (comma delimited)"
 
 
-class LabelError(ValueError):
+class LabelError(HemafedError, ValueError):
     """A label table cannot be used; lists its faults and the next step."""
 
 

@@ -15,6 +15,8 @@ import httpx
 from flwr.supercore.error import FlowerError
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
+from shared.errors import HemafedError
+
 CALL_TIMEOUT_S = 60.0  # in which nothing comes or goes
 WHOLE_CALL_S = 600.0  # from the first byte of a call to the last of its answer; 8 MB at 0.1 Mbit/s
 MOST_RESPONSE = 16 << 20  # bytes of one call's answer; tensors come in pieces of 5 MB, bundles have less than 4
@@ -25,7 +27,7 @@ NOT_ACTIVATED = 2004  # Flower's code: the key is not registered, or the node co
 _call = threading.local()  # `end` of this thread's call
 
 
-class NodeError(Exception):
+class NodeError(HemafedError):
     """A call to the centre did not succeed."""
 
 

@@ -19,6 +19,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
+from shared.errors import HemafedError
+
 MOST_BYTES = 1 << 30  # of one list: eleven sets of heads and an encoder of the largest model
 MOST_FRAMES = 20_000
 IDLE_S = 0.5
@@ -26,7 +28,7 @@ _PIECE = 1 << 20
 _COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 
 
-class FrameError(ConnectionError):
+class FrameError(HemafedError, ConnectionError):
     """The other side ended, or sent what is no list within the bounds."""
 
 

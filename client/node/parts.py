@@ -17,6 +17,7 @@ from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_object_body, get_object_head_values_from_object_content
 
 from client.node.frames import MOST_BYTES
+from shared.errors import HemafedError
 
 MOST_INFLATED = MOST_BYTES // 2  # as many bytes as a message may have on its way
 MOST_NAMES = 8 << 20  # bytes of all objects but pieces; the largest ensemble has less than 1 MB of names
@@ -41,7 +42,7 @@ _KINDS = {
 }
 
 
-class PartsError(ValueError):
+class PartsError(HemafedError, ValueError):
     """Parts are no message, or become more than our bounds."""
 
 

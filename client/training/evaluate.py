@@ -19,23 +19,14 @@ from client.boundary.policy import PATIENTS, PolicyError, metrics_refusal
 from client.training.local_state import LocalState
 from client.training.round import Learner, TrainError
 from shared.config import RunConfig
+from shared.groups import TENSOR_GROUPS, group
 from shared.model.scoring import build_model, score_slices
 from shared.model.swin import MultiTaskSwin
 from shared.refusals import Refusal
-from shared.rules import TENSOR_GROUPS
 from shared.site import Site
 from shared.slices import SliceCache
 from shared.tally import tally_scores
-from shared.wire.records import (
-    PROBE,
-    Tensors,
-    expected_shapes,
-    from_record,
-    group,
-    tally_to_arrays,
-    tested_hash,
-    to_arrays,
-)
+from shared.wire.records import PROBE, Tensors, expected_shapes, from_record, tally_to_arrays, tested_hash, to_arrays
 
 SPLITS = ("val", "test")
 Answer = dict[str, dict[str, NDArray]]  # split -> arrays of its tally

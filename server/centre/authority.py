@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared.errors import HemafedError
 from shared.host.rights import not_permitted
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 397
@@ -27,7 +28,7 @@ WARN_DAYS = 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-class AuthorityError(ValueError):
+class AuthorityError(HemafedError, ValueError):
     """A key or certificate cannot be used; names the file and the next step."""
 
 

@@ -30,13 +30,14 @@ from server.centre.authority import (
     make_authority,
     write_private,
 )
+from shared.errors import HemafedError
 
 _NOT_IN_FOLDER = '"$\\\n'
 _KEYS = {"host", "port", "listen", "loopback_port", "largest_reply_mb"}
 CONNECTION = "centre"  # the name of the centre's SuperLink in Flower's own config
 
 
-class CentreError(ValueError):
+class CentreError(HemafedError, ValueError):
     """The centre cannot do what was asked; names the thing and the next step."""
 
 

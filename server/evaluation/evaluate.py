@@ -27,16 +27,17 @@ from server.storage.run_folder import (
     update_summary,
 )
 from shared.config import RunConfig
+from shared.errors import HemafedError
+from shared.groups import group
 from shared.metrics import Counts, MetricsError, Tally, best_threshold, summarise
 from shared.model.scoring import best_device, build_model, score_slices
 from shared.model.swin import MultiTaskSwin
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from shared.tally import pooled, spread, tally_scores
-from shared.wire.records import group
 
 
-class EvaluationError(ValueError):
+class EvaluationError(HemafedError, ValueError):
     """An evaluation cannot be made; names the site and the next step."""
 
 

@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from server.evaluation.evaluate import (
-    EvaluationError,
     check_unseen,
     evaluate_unseen,
     load_model,
@@ -17,13 +16,7 @@ from server.evaluation.evaluate import (
     summarise_run,
 )
 from server.evaluation.report import metric_text, write_report
-from server.storage.checkpoint import CheckpointError
-from server.storage.run_folder import RunError, read_config, read_summary
-from shared.config import ConfigError
-from shared.site import SiteError
-from shared.slices import CacheError
-
-ERRORS = (RunError, CheckpointError, EvaluationError, ConfigError, SiteError, CacheError)
+from server.storage.run_folder import read_config, read_summary
 
 
 def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repeats: bool = False) -> tuple[Path, dict]:
@@ -35,7 +28,7 @@ def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repea
       say: told a line per hospital.
       repeats: whether intervals repeat with the seed, for synthetic hospitals.
     Raises:
-      one of ERRORS.
+      HemafedError: the folder is no run, or a site or the model cannot be read.
     """
     evaluate_unseen(run, read_config(run), sites, say, repeats)
     return write_report(run), read_summary(run)
@@ -45,7 +38,7 @@ def report_anew(run: Path) -> Path:
     """Summary and page of what a run's folder holds, counts that held-out hospitals sent among it; the page.
 
     Raises:
-      one of ERRORS.
+      HemafedError: the folder is no run, or a site or the model cannot be read.
     """
     config = read_config(run)
     check_unseen(run, lambda stage: model_hash(*load_model(run, config, stage)))

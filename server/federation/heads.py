@@ -20,19 +20,19 @@ from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.robust import combine, is_plain
 from server.federation.roster import Member, QuorumError, content_of, receive
 from shared.config import ConfigError, FederationSettings, RunConfig
+from shared.errors import HemafedError
+from shared.groups import HEADS, TENSOR_GROUPS
 from shared.model.batches import read_batch
 from shared.model.swin import MultiTaskSwin, autocast
-from shared.rules import TENSOR_GROUPS
 from shared.site import read_site
 from shared.slices import SliceCache, read_cache
 from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, part_of, to_arrays
 
-HEADS = TENSOR_GROUPS[1:]
 PROBE_BATCH = 32
 PROBE_WORDS = "federation.heads = 'probe' and federation.development_site, data of your own on which a head for classification is fitted"
 
 
-class ProbeError(ValueError):
+class ProbeError(HemafedError, ValueError):
     """A head cannot be fitted on the development site."""
 
 

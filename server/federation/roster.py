@@ -20,7 +20,8 @@ from server.federation.plausible import check_counts
 from server.federation.weights import site_weights
 from server.storage.run_folder import write_status
 from shared.config import FederationSettings, is_name
-from shared.rules import TENSOR_GROUPS
+from shared.errors import HemafedError
+from shared.groups import TENSOR_GROUPS
 from shared.site import ROLES
 from shared.wire.foreign import LONGEST_NAME, shown
 from shared.wire.records import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
@@ -36,7 +37,7 @@ LONGEST_REASON = 600  # characters of a hospital's error
 _CONNECTION = (httpx.HTTPError, OSError, RuntimeError)
 
 
-class QuorumError(RuntimeError):
+class QuorumError(HemafedError, RuntimeError):
     """Too few hospitals for a round; names who is missing or refused, and why."""
 
 

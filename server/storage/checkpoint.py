@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from shared.errors import HemafedError
 from shared.host.files import replace_bytes
 from shared.wire.records import Tensors
 
@@ -27,7 +28,7 @@ _HASH = "sha256"  # key of the metadata
 _KINDS = ("optimiser.m.", "optimiser.v.")  # begin the names of first and second moments
 
 
-class CheckpointError(ValueError):
+class CheckpointError(HemafedError, ValueError):
     """A checkpoint is missing or damaged; names the file and the next step."""
 
 

@@ -25,6 +25,7 @@ import tomli_w
 
 from server.storage.lines import RoundLine, RunStatus
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
+from shared.errors import HemafedError
 from shared.host.files import replace_text
 from shared.metrics import Tally
 from shared.wire.records import UNREADABLE, tally_from_arrays, tally_to_arrays
@@ -38,7 +39,7 @@ _UNREADABLE = (*UNREADABLE, KeyError, IndexError, zipfile.BadZipFile, zlib.error
 _FREE = (*PLACES, "federation.wait_s", "federation.round_deadline_s", "federation.heads", "federation.development_site")
 
 
-class RunError(ValueError):
+class RunError(HemafedError, ValueError):
     """A run's folder cannot be used; names it and the next step."""
 
 

@@ -20,13 +20,15 @@ from typing import Any
 
 import psutil
 
+from shared.errors import HemafedError
+
 OWNER = "HEMAFED_OWNER"  # environment of what a daemon starts: the daemon's folder
 END_TIMEOUT_S = 15.0
 LOOPBACK = ("127.0.0.1", "localhost")  # reached past any proxy
 _LOCK_WAIT_S = 2.0  # a look at the lock (is_held) takes it for a moment
 
 
-class HeldError(RuntimeError):
+class HeldError(HemafedError, RuntimeError):
     """Another process holds the lock."""
 
 

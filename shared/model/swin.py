@@ -22,11 +22,13 @@ from timm.models import adapt_input_conv
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
+from shared.errors import HemafedError
+
 # What timm's pretrained weights were trained with: ImageNet's mean and SD, over the three colours.
 IMAGE_MEAN, IMAGE_SD = 0.449, 0.226
 
 
-class ModelError(ValueError):
+class ModelError(HemafedError, ValueError):
     """A model cannot be built, or weights do not fit it."""
 
 

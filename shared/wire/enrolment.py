@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared.errors import HemafedError
+
 FORMAT = 2
 NODE_DAYS = 3650  # validity of a node's certificate, as long as the authority's; revocation ends it earlier
 # What the centre's door answers to a certificate that it does not let in.
@@ -35,7 +37,7 @@ ABSENT = "no certificate was presented"
 _LARGEST_CERTIFICATE = 4096  # characters of PEM; ours has about 800
 
 
-class EnrolError(ValueError):
+class EnrolError(HemafedError, ValueError):
     """An invitation or a request cannot be used; names the file, what is wrong and the next step."""
 
 

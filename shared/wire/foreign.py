@@ -14,6 +14,8 @@ import numpy as np
 from flwr.app import Array
 from numpy.typing import DTypeLike, NDArray
 
+from shared.errors import HemafedError
+
 LONGEST_TEXT = 300
 LONGEST_NAME = 80
 _LONGEST_HEADER = 1024  # bytes; numpy writes 118 for a float32 array
@@ -23,7 +25,7 @@ _HEADER = re.compile(
 )
 
 
-class ForeignError(ValueError):
+class ForeignError(HemafedError, ValueError):
     """Bytes that are not what was expected; the text is bounded and can be shown."""
 
 

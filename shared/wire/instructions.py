@@ -23,6 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from shared.errors import HemafedError
+
 RECORD = "signature"  # the record of an instruction that holds its signature
 LONGEST_S = 13 * 3600.0  # Flower keeps a message for twelve hours
 AHEAD_S = 600.0  # how far the centre's clock may be ahead of the hospital's
@@ -30,7 +32,7 @@ _KEYS = {"signature", "certificate", "issued", "nonce", "config"}
 _MOST_BYTES = 8192  # of a certificate or a signature
 
 
-class InstructionError(ValueError):
+class InstructionError(HemafedError, ValueError):
     """An instruction is not one of the centre's to this site; the text is for the hospital's own log."""
 
 

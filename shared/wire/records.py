@@ -17,8 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import HemafedError
+from shared.groups import group
 from shared.metrics import Tally
-from shared.rules import TENSOR_GROUPS
 from shared.tally import STEPS
 from shared.wire.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 
@@ -41,13 +42,8 @@ Tensors = Mapping[str, NDArray[np.float32]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class UpdateError(ValueError):
+class UpdateError(HemafedError, ValueError):
     """A record's tensors are not what was expected; names the tensor, never a value of a patient."""
-
-
-def group(name: str) -> str:
-    """The part of the model that a tensor belongs to: encoder, cls, seg or rec."""
-    return name.split(".", 1)[0]
 
 
 def to_arrays(state: Mapping[str, Tensor], groups: tuple[str, ...]) -> dict[str, NDArray[np.float32]]:
@@ -261,11 +257,6 @@ def tally_from_record(record: ArrayRecord, replicates: int) -> Tally:
     _check_names(record, expected)
     arrays = {name: _decoded(record[name], f"tally {name}", *of) for name, of in expected.items()}
     return tally_from_arrays(arrays, replicates)
-
-
-def groups_shared(share: str) -> tuple[str, ...]:
-    """Tensor groups that travel in a round, for federation.share "encoder" or "all"."""
-    return ("encoder",) if share == "encoder" else TENSOR_GROUPS
 
 
 def tested_hash(encoder: Tensors, sets: list[Tensors]) -> str:

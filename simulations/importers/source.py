@@ -16,10 +16,12 @@ from pathlib import Path
 import pydicom
 from pydicom.config import disable_value_validation
 
+from shared.errors import HemafedError
+
 EXAMPLES = 20  # of what was left out for one reason; the rest is counted
 
 
-class SourceError(ValueError):
+class SourceError(HemafedError, ValueError):
     """A set's folder, one of its files, or the target cannot be used; says what was found and the next step."""
 
 

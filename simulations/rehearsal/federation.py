@@ -25,6 +25,7 @@ from server.centre.config import Centre, read_centre
 from server.centre.run_request import TERMINAL, read_wanted
 from server.centre.status import online
 from server.storage.run_folder import read_rounds, read_status
+from shared.errors import HemafedError
 from shared.host.processes import OWNER, end_all, owned
 from shared.site import read_site
 
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ONLINE_TIMEOUT_S, LINE_TIMEOUT_S = 180.0, 240.0
 
 
-class FederationError(RuntimeError):
+class FederationError(HemafedError, RuntimeError):
     """A federation on this machine did not come to where it should; the text ends with the cause."""
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from shared.errors import HemafedError
 from shared.host.processes import answers, end_all, flower_environment
 
 CONNECTION = "simulation"
@@ -31,7 +32,7 @@ STOP_TIMEOUT_S = 10.0
 LAST_LINES = 25
 
 
-class SimulationError(RuntimeError):
+class SimulationError(HemafedError, RuntimeError):
     """A simulation did not start or did not finish; the text ends with the cause."""
 
 

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PowerTransformer
 
+from shared.errors import HemafedError
 from shared.slices import PIXEL_MM
 
 PIXEL_MM2 = PIXEL_MM**2
@@ -59,7 +60,7 @@ FEATURES = (
 )
 
 
-class CeilingError(ValueError):
+class CeilingError(HemafedError, ValueError):
     """Slices, masks, features or labels that do not belong together; names what was found and expected."""
 
 

@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import HemafedError
+
 # Singular values below this share of the largest are rounding, not variance: a direction without variance has no
 # correlation with anything. float32 representations carry about 7 digits.
 RANK_TOLERANCE = 1e-6
 
 
-class SimilarityError(ValueError):
+class SimilarityError(HemafedError, ValueError):
     """Two representations or gradients that cannot be compared; names what was found and expected."""
 
 

@@ -23,12 +23,14 @@ from server.federation.robust import combine, is_plain
 from server.federation.server_step import server_step
 from server.storage.checkpoint import Moments, read_tensors, write_tensors
 from shared.config import FederationSettings, RunConfig
+from shared.errors import HemafedError
+from shared.groups import groups_shared
 from shared.model.batches import Batch, batches_in, read_batch
 from shared.model.losses import slice_losses
 from shared.model.scoring import best_device
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
-from shared.wire.records import Tensors, groups_shared, to_arrays
+from shared.wire.records import Tensors, to_arrays
 
 MODES = ("federated", "pooled", "alone")
 ADJUSTMENT = 0.1  # FedDG-GA's largest step of a site's weight in the first round; it falls to 0 with the rounds
@@ -37,7 +39,7 @@ ATTACKS = {"": 1.0, "flipped sign": -1.0, "hundredfold": 100.0}
 POOL = "pool"  # the name of the one site that pooled hospitals make
 
 
-class StudyError(ValueError):
+class StudyError(HemafedError, ValueError):
     """A study cannot be run as it is described; names the key and what was expected."""
 
 

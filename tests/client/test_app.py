@@ -10,9 +10,10 @@ import pytest
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from client.boundary.audit import read_entries, verify
+from shared.groups import HEADS
 from shared.refusals import Refusal, code_of_key
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.support.asking import HEADS, NAME, ask, refusal, train_order
+from tests.support.asking import NAME, ask, refusal, train_order
 
 
 def detail(hospitals: SmallHospitals) -> str:

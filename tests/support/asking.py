@@ -9,13 +9,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
 from shared.config import parse_config
+from shared.groups import HEADS
 from shared.model.scoring import build_model
 from shared.refusals import TEXTS
 from shared.wire.records import Tensors, from_record, shapes_of, to_arrays, to_record
 from tests.conftest import small_config
 
 NAME = "hospital-01"
-HEADS = ("cls", "seg", "rec")
 
 
 def ask(node: dict, kind: str, content: RecordDict | None = None, flat: dict | None = None) -> Message:

@@ -17,21 +17,12 @@ from hypothesis import strategies as st
 from client.boundary.audit import verify
 from client.cli import audit_lines
 from shared.config import RunConfig
+from shared.groups import HEADS
 from shared.refusals import FIRST_KEY, TEXTS, Refusal, code_of_key
 from shared.site import read_site
 from shared.wire.records import Tensors, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.support.asking import (
-    HEADS,
-    NAME,
-    ask,
-    evaluate,
-    evaluation_order,
-    refusal,
-    tensors,
-    train_order,
-    train_rounds,
-)
+from tests.support.asking import NAME, ask, evaluate, evaluation_order, refusal, tensors, train_order, train_rounds
 
 SILENT = {"release": ["encoder"], "metrics": False, "min_patients": 1_000_000}
 

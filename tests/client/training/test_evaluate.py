@@ -16,11 +16,12 @@ from client.boundary.audit import read_entries
 from client.boundary.evaluations import FILE, MONTH_S, EvaluationsError, LedgerError, reserve
 from client.boundary.footing import Footing, ModelNotOfRunError, after_round, check_final, lengths, part
 from shared.config import parse_config
+from shared.groups import HEADS
 from shared.refusals import Refusal
 from shared.site import Site
 from shared.wire.records import PROBE, Tensors, from_record, shapes_of, tally_from_record
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.support.asking import HEADS, NAME, ask, evaluate, evaluation_order, own_heads, refusal, tensors, train_rounds
+from tests.support.asking import NAME, ask, evaluate, evaluation_order, own_heads, refusal, tensors, train_rounds
 
 OPEN = {"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 2}
 

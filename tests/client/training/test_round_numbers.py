@@ -16,11 +16,12 @@ from client.training.round_numbers import coarse_losses
 from server.federation.round_line import describe_round
 from server.federation.strategy import RoundResult, _site_round
 from server.storage.checkpoint import Moments
+from shared.groups import HEADS
 from shared.refusals import Refusal
 from shared.wire import records as wire
 from shared.wire.records import Tensors, from_record, shapes_of, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config
-from tests.support.asking import HEADS, NAME, ask, evaluate, refusal, tensors, train_rounds
+from tests.support.asking import NAME, ask, evaluate, refusal, tensors, train_rounds
 
 POLICY = {"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 2}
 PATCHES = "encoder.patch_embed.proj.weight"

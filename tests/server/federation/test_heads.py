@@ -9,11 +9,11 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from server.evaluation.evaluate import evaluate_unseen
-from server.federation.heads import HEADS
 from server.federation.roster import QuorumError
 from server.storage.checkpoint import load_checkpoint, read_tensors
 from server.storage.run_folder import read_config, read_summary
 from shared.config import ConfigError, parse_config
+from shared.groups import HEADS
 from shared.model.scoring import build_model
 from shared.wire.records import to_arrays, to_record
 from tests.conftest import SmallHospitals, edit_site, small_config

@@ -7,13 +7,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
+from shared.groups import groups_shared
 from shared.metrics import Tally
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.tally import STEPS
 from shared.wire.records import (
     UpdateError,
     from_record,
-    groups_shared,
     shapes_of,
     tally_from_record,
     tally_to_record,

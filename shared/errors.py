@@ -1,0 +1,10 @@
+"""The base of hemafed's errors."""
+
+from __future__ import annotations
+
+
+class HemafedError(Exception):
+    """Something that a person can mend: the text names the thing, the value, what was expected and the next step.
+
+    A command prints it and ends. It names no patient.
+    """
