@@ -8,13 +8,14 @@ import numpy as np
 
 from client.boundary.audit import verify
 from server.storage.checkpoint import load_checkpoint
-from server.storage.run_folder import read_rounds, read_status, read_summary
+from server.storage.run_folder import read_rounds, read_summary
 from simulations.rehearsal.federation import federate, own_site
 from tests.conftest import small_config
 from tests.federation.conftest import NAMES
 from tests.support.loopback import LoopbackGrid, run_server
 
-CONFIG = small_config(federation__rounds=3, federation__quorum=3, federation__wait_s=600.0)
+ROUNDS = 4
+CONFIG = small_config(federation__rounds=ROUNDS, federation__quorum=3, federation__wait_s=600.0)
 
 
 def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder(
@@ -43,9 +44,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
         assert left.isdisjoint(process.pid for process in federation.started_by("centre"))
         federation.wait_rounds("story", 2, 900)
 
-        # The centre loses power in the middle of a round.
-        folder = federation.run_folder("story")
-        federation.wait_for(lambda: read_status(folder).what == "round 3 of 3", 400, "round 3")
+        # The centre loses power while the third round goes on, or on a busy machine the fourth.
         federation.cut_power("centre")
         federation.start("centre")
         assert federation.wait_end("story", 600) == "finished"
@@ -57,8 +56,8 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
         assert not any(federation.started_by(name) for name in NAMES)
 
     run = federation.run_folder("story")
-    assert "run story: finished, 3 rounds done" in told
-    assert [line.round for line in read_rounds(run)] == [1, 2, 3]
+    assert f"run story: finished, {ROUNDS} rounds done" in told
+    assert [line.round for line in read_rounds(run)] == list(range(1, ROUNDS + 1))
     assert all(set(line.sites) == set(NAMES) for line in read_rounds(run))
     assert read_summary(run)["evaluation"]["seen"]["auc"]["value"] is not None
 
@@ -66,7 +65,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
     sites = [own_site(tmp_path / "alone" / name, file) for name, file in data.items()]
     run_server(LoopbackGrid(sites, alone), alone)
     expected, found = load_checkpoint(tmp_path / "runs" / "alone" / "checkpoint"), load_checkpoint(run / "checkpoint")
-    assert (found.round_number, found.sites) == (3, tuple(NAMES))
+    assert (found.round_number, found.sites) == (ROUNDS, tuple(NAMES))
     for name, value in expected.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], value, err_msg=name)
 

@@ -210,7 +210,7 @@ def test_faults_are_shown_again(tmp_path: Path) -> None:
     for _ in range(3):
         report = ingest(read_site(file), workers=1)
         assert [fault.what for fault in report.faults] == [file_code(read_site(file), "images/letter")]
-        edit_site(file, weight=2.0)
+        edit_site(file, policy={"min_patients": 11})
     assert report.unchanged
 
 

@@ -161,5 +161,5 @@ def test_labels_that_cannot_be_learned_from_are_refused(labels: list[float]) -> 
 
 @pytest.mark.parametrize("rows_NF", [np.zeros((4, 2)), np.full((4, len(FEATURES)), np.nan)])
 def test_features_of_another_kind_are_refused(rows_NF: np.ndarray) -> None:
-    with pytest.raises(CeilingError, match=r"make them with simulations\.ceiling\.radiomics"):
+    with pytest.raises(CeilingError, match=r"make them with simulations\.studies\.ceiling\.radiomics"):
         fit_radiomics(rows_NF, np.array([0.0, 1.0, 0.0, 1.0]), seed=0)
