@@ -7,6 +7,7 @@ held-out hospitals comes after (server/evaluation/evaluate.py), from the folder 
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from server.storage.run_folder import (
 )
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.groups import HEADS, groups_shared
+from shared.host.log import start_log
 from shared.model.scoring import build_model
 from shared.model.swin import ModelError, load_pretrained
 from shared.site import SiteError
@@ -62,6 +64,8 @@ from shared.wire.records import (
     to_arrays,
     to_record,
 )
+
+log = logging.getLogger("hemafed.server")
 
 app = ServerApp()
 
@@ -97,6 +101,7 @@ def main(grid: Grid, context: Context) -> None:
             f"federation.server_learning_rate is {settings.server_learning_rate:g} with federation.strategy = 'fedadam', which moves "
             f"every value by about that much in a round; expected at most {MOST_ADAM_RATE:g}"
         )
+    start_log("hemafed.server")
     run = open_run(config)
     write_status(run, "running", what="the start")
     try:
@@ -114,37 +119,37 @@ def main(grid: Grid, context: Context) -> None:
 def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     """The run itself, from the start or from its last checkpoint."""
     settings = config.federation
-    say(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
+    log.info(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
 
     model = build_model(config.model, config.run.seed)
     if config.model.pretrained:
         unused = load_pretrained(model, Path(config.model.pretrained))
-        say(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
+        log.info(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
     shared = groups_shared(settings.share)
     arrays = to_arrays(model.state_dict(), shared)
     longest = longest_update(arrays)
     moments, first = Moments(), 1
     if config.run.resume and not checkpoints(run / "checkpoint"):
-        say("resuming before the first checkpoint: beginning with round 1")
+        log.info("resuming before the first checkpoint: beginning with round 1")
     elif config.run.resume:
-        saved = load_checkpoint(run / "checkpoint", say)
+        saved = load_checkpoint(run / "checkpoint", log.warning)
         arrays, first = (
             from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
             saved.round_number + 1,
         )
         moments = saved.moments
-        say(f"resuming after round {saved.round_number}")
+        log.info(f"resuming after round {saved.round_number}")
 
     session = Session(grid, settings, run, longest, registered=partial(registered_nodes, run.parent.parent))
     # Whether the run can end with a whole model is better known before hospitals train for days.
     members = gather(session, partial(keeps_heads, settings))
     for member in members:
-        say(f"  {member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
+        log.info(f"{member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
     if first == 1:
         update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
         write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
         save_checkpoint(run / "checkpoint", 0, arrays, moments)
-        say("testing the initial model")
+        log.info("testing the initial model")
         heads = {"average": to_arrays(model.state_dict(), HEADS)}
         test_seen(grid, members, run, "initial", config, arrays, heads)
 
@@ -155,16 +160,16 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         # The line first: of a round that is done again, the last line counts.
         write_patiently(run, partial(append_round, run, line))
         write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, moments, list(result.sites)))
-        say(round_text(line, settings.rounds))
+        log.info(round_text(line, settings.rounds))
 
-    say("collecting heads and testing the final model")
+    log.info("collecting heads and testing the final model")
     write_status(run, "running", what="the test of the final model")
     members = gather(session)
     heads = final_heads(grid, members, config, run.name, arrays, model)
     record_config(run, config)  # of a resumed run other heads may have been asked for, and here they are
     test_seen(grid, members, run, "final", config, arrays, heads)
     finish(run, members)
-    say(f"done: {run / 'report.html'}")
+    log.info(f"done: {run / 'report.html'}")
 
 
 def test_seen(
@@ -199,14 +204,14 @@ def test_seen(
                     f"it tested another {stage} model of this run before, and tests one only; its counts are left out"
                 )
             if facts.get("withheld"):
-                say(f"  {site} withholds counts: {shown(facts['withheld'])}")
+                log.info(f"{site} withholds counts: {shown(facts['withheld'])}")
             for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
                 if f"tally-{split}" in answer:
                     tally = tally_from_record(part_of(answer, f"tally-{split}", ArrayRecord), replicates)
                     check_tally(tally, counts[site])
                     save_tally(run, stage, part, site, tally)
         except UpdateError as error:
-            say(f"  {site}: no counts of the {stage} model: {error}")
+            log.warning(f"{site}: no counts of the {stage} model: {error}")
 
 
 def finish(run: Path, members: list[Member]) -> None:
@@ -228,8 +233,3 @@ def finish(run: Path, members: list[Member]) -> None:
 def _public(member: Member) -> dict:
     """What the summary says of a hospital."""
     return {"role": member.role, "weight": member.weight, **member.counts}
-
-
-def say(line: str) -> None:
-    """A line of the run's log, seen with `flwr log` and `flwr run --stream`."""
-    print(line, flush=True)

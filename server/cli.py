@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import signal
 from dataclasses import replace
@@ -20,7 +21,10 @@ from server.storage.run_folder import check_run, flatten, new_run_name, read_key
 from shared.config import parse_config
 from shared.errors import HemafedError
 from shared.host.console import console, fail, say
+from shared.host.log import start_log
 from shared.wire.enrolment import Request, read_letter
+
+log = logging.getLogger("hemafed.server")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -134,7 +138,8 @@ def sites_command(folder: CentreFolder) -> None:
 def start_command(folder: CentreFolder) -> None:
     """Serve hospitals and carry out runs until stopped; goes on with a run that was cut off."""
     try:
-        daemon = Daemon(read_centre(folder), say)
+        start_log("hemafed.server")
+        daemon = Daemon(read_centre(folder), log.info)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, daemon.stop)
         daemon.run()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.centre.config import Centre, CentreError
 from shared.host.files import replace_text
 from shared.host.processes import is_held
+
+log = logging.getLogger("hemafed.server")
 
 TERMINAL = ("finished", "failed", "stopped")
 
@@ -72,7 +75,7 @@ def write_trouble(centre: Centre, text: str) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:  # a full disk may be the trouble
-        print(f"{path} cannot be written ({error.strerror}): {text}", flush=True)
+        log.warning(f"{path} cannot be written ({error.strerror}): {text}")
 
 
 def read_trouble(centre: Centre) -> str:

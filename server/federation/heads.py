@@ -5,6 +5,7 @@ Heads stay in the hospitals during a run; at its end those come here that hospit
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from shared.model.swin import MultiTaskSwin, autocast
 from shared.site import read_site
 from shared.slices import SliceCache, read_cache
 from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, part_of, to_arrays
+
+log = logging.getLogger("hemafed.server")
 
 PROBE_BATCH = 32
 PROBE_WORDS = "federation.heads = 'probe' and federation.development_site, data of your own on which a head for classification is fitted"
@@ -80,7 +83,7 @@ def final_heads(
             )
         except UpdateError as error:
             refused[site] = str(error)
-            print(f"  {site}: no heads: {error}", flush=True)
+            log.warning(f"{site}: no heads: {error}")
             continue
         if each:
             released[site] = tensors
@@ -100,7 +103,7 @@ def final_heads(
     # As in a round; all hospitals' heads began as those of the run's initial model.
     combined = combine(released, weights, to_arrays(model.state_dict(), HEADS), settings)
     for site, share in combined.shrunk.items():
-        print(f"  {site}: its heads' way from the initial ones was shortened to {share:.2g} of its length", flush=True)
+        log.warning(f"{site}: its heads' way from the initial ones was shortened to {share:.2g} of its length")
     return {"average": combined.arrays}
 
 

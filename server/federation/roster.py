@@ -5,6 +5,7 @@ Messages go out and replies come in here, one at a time and in the order of site
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,8 @@ from shared.groups import TENSOR_GROUPS
 from shared.site import ROLES
 from shared.wire.foreign import LONGEST_NAME, shown
 from shared.wire.records import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
+
+log = logging.getLogger("hemafed.server")
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, however large
@@ -156,7 +159,7 @@ class Roster:
                 del self.late[site]
                 ago = time.monotonic() - late.since
                 what = f"answered {ago:.0f} s after the deadline" if reply else f"gave no answer for {ago:.0f} s"
-                print(f"  {site} {what}; it is asked again", flush=True)
+                log.warning(f"{site} {what}; it is asked again")
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def greet(session: Session) -> None:
             _welcome(session, node_id, reply, registered)
             continue
         who = registered.get(node_id, f"node {node_id}")
-        print(f"  {who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out until it does", flush=True)
+        log.warning(f"{who} did not answer 'hello' within {HELLO_TIMEOUT_S:g} s and is left out until it does")
         if name in missed:
             now = time.monotonic()
             roster.silent[node_id] = Late(missed[name], now, now + SILENT_S)
@@ -224,7 +227,7 @@ def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping
             raise UpdateError(f"a second node says that it is site {member.site!r}; expected one node per site")
     except UpdateError as error:
         roster.refused[node_id] = f"{registered.get(node_id, f'node {node_id}')}: {error}"
-        print(f"  left out: {roster.refused[node_id]}", flush=True)
+        log.warning(f"left out: {roster.refused[node_id]}")
         return
     roster.members[member.site] = member
 
@@ -281,7 +284,7 @@ def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "")
         if told == began or now - told > WORD_S:
             told = now
             write_status(session.run, "waiting", what=what)
-            print(f"waiting for {what}", flush=True)
+            log.info(f"waiting for {what}")
         time.sleep(1.0)
     told = [*roster.refused.values(), *(f"{site}: {why}" for site, why in lacking.items())]
     reasons = "".join(f"\n  {why}" for why in told)

@@ -7,6 +7,7 @@ again instead of going on silently.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from shared.wire.records import (
     tested_hash,
     to_record,
 )
+
+log = logging.getLogger("hemafed.server")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 600.0
 LATE_DEADLINES = 4  # after so many deadlines a hospital is asked again though its answer never came
@@ -102,7 +105,7 @@ def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: in
         except QuorumError as error:
             if time.monotonic() + pause_s >= began + session.settings.wait_s:
                 raise
-            print(f"{error}\n  round {number} is asked for again in {pause_s:g} s", flush=True)
+            log.warning(f"{error}\n  round {number} is asked for again in {pause_s:g} s")
             write_status(session.run, "waiting", what=f"another attempt at round {number}: {error}")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import time
@@ -29,6 +30,8 @@ from shared.errors import HemafedError
 from shared.host.files import replace_text
 from shared.metrics import Tally
 from shared.wire.records import UNREADABLE, tally_from_arrays, tally_to_arrays
+
+log = logging.getLogger("hemafed.server")
 
 DISK_PAUSE_S = 15.0
 LARGEST_TALLY = 64_000_000  # bytes of a file of counts, unpacked
@@ -156,7 +159,7 @@ def write_status(run: Path, state: str, **facts: Any) -> None:
             json.dumps(RunStatus(state, time.time(), **facts).to_json(), indent=2, allow_nan=False) + "\n",
         )
     except OSError as error:
-        print(f"status.json cannot be written ({error.strerror}): {state} {facts}", flush=True)
+        log.warning(f"status.json cannot be written ({error.strerror}): {state} {facts}")
 
 
 def write_patiently(run: Path, write: Callable[[], None]) -> None:
@@ -175,7 +178,7 @@ def write_patiently(run: Path, write: Callable[[], None]) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             what = f"room on the disk of {run}: {error.strerror}"
-            print(f"waiting for {what}", flush=True)
+            log.info(f"waiting for {what}")
             write_status(run, "waiting", what=what)
             time.sleep(DISK_PAUSE_S)
 

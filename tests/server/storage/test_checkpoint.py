@@ -11,6 +11,7 @@ from server.federation.server_step import server_step
 from server.storage import run_folder as runs
 from server.storage.checkpoint import CheckpointError, Moments, checkpoints, load_checkpoint, save_checkpoint
 from shared.config import FederationSettings
+from shared.host.log import start_log
 
 ARRAYS = {"encoder.a": np.array([1.0, 2.0], np.float32), "encoder.b": np.array([[0.5]], np.float32)}
 
@@ -104,6 +105,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_on_a_full_disk_the_checkpoint_before_stays_and_the_run_waits_for_room(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    start_log("hemafed.server")
     monkeypatch.setattr(runs, "DISK_PAUSE_S", 0.01)
     large = {"encoder.a": np.ones(8000, np.float32)}
     save_checkpoint(small_disk, 1, ARRAYS, Moments())
