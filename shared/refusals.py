@@ -71,7 +71,7 @@ _TEXTS = {
 }
 _KEYS = {
     FIRST_KEY
-    + number: f"the site does not accept this run's value of {key}; README lists the bounds that hold without a "
+    + number: f"the site does not accept this run's value of {key}; client/README.md lists the bounds that hold without a "
     "policy.accept, ask the site for its own"
     for number, key in enumerate(RunConfig().flat())
 }

@@ -82,7 +82,7 @@ def read_site(path: Path) -> Site:
     """
     path = Path(path).resolve()
     if not path.is_file():
-        raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see README, 'Join')")
+        raise SiteError(f"no site file {path}; expected a YAML file that describes one hospital (see client/README.md)")
     content = read_yaml(path)
     if isinstance(content, Mapping) and "weight" in content:  # until 0.2 a hospital asked for one
         raise SiteError(f"{path}: 'weight' is no key any more; remove its line: the centre gives the weights")

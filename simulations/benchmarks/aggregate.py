@@ -3,7 +3,7 @@
     python -m simulations.benchmarks.aggregate [UPDATES] [MEGABYTES]
 
 Both see the same real Flower messages, made one at a time; FedAvg is given them as a list, as Flower's own loop does. Each
-method runs in a process of its own, and its peak memory is the process's. Prints a table for the README.
+method runs in a process of its own, and its peak memory is the process's. Prints a table for simulations/README.md.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def coarse(hospitals: Hospitals, least: int) -> Counts:
 
 
 def exact(hospitals: Hospitals) -> Counts:
-    """Counts of hospitals together in bins of .02, which README's figures call exact."""
+    """Counts of hospitals together in bins of .02, which the guide's figures call exact."""
     rng = np.random.default_rng(0)
     return merge_counts(count_scores(one, 0, rng) for one in hospitals.values())
 

@@ -23,7 +23,13 @@ from server.cli import app as server_app
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
 COMMANDS = {"hemafed-server": typer.main.get_command(server_app), "hemafed-client": typer.main.get_command(client_app)}
-PAGES = {"README.md": 10, "deploy/RUNBOOK.md": 50, "deploy/helm/hemafed/templates/NOTES.txt": 5}
+PAGES = {
+    "client/README.md": 9,
+    "server/README.md": 7,
+    "simulations/README.md": 1,
+    "deploy/RUNBOOK.md": 50,
+    "deploy/helm/hemafed/templates/NOTES.txt": 5,
+}
 PAGES |= {"deploy/systemd/hemafed-centre.service": 1}
 FLOWERS = ("Node Unavailable", "ClientApp stopped responding")  # errors that the run's log shows as Flower words them
 SERVICES = {"centre": "hemafed-server", "hospital-a": "hemafed-client", "hospital-b": "hemafed-client"}

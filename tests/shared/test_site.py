@@ -92,7 +92,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(SiteError, match=r"no site file .*nowhere\.yaml.*README"):
+    with pytest.raises(SiteError, match=r"no site file .*nowhere\.yaml.*client/README\.md"):
         read_site(tmp_path / "nowhere.yaml")
 
 
