@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
@@ -110,13 +110,13 @@ def _is_plain(text: str) -> bool:
 
 def _entry(before: str, event: str, facts: Mapping[str, object], most: int = _LONGEST_LINE // 2) -> tuple[str, str]:
     """Hash and line of a new entry, little longer than `most` whatever the facts are."""
-    bounded = _bounded(facts)
+    bounded = _bounded_items(facts)
     size = len(json.dumps(bounded))
     if size > most:
-        kept = {key: value for key, value in bounded.items() if isinstance(value, str | int | float)}
-        if most < _LONGEST_TEXT * len(kept):
-            kept = {key: _shortened(value) for key, value in kept.items()}
-        bounded = kept | {"left_out_bytes": size, "left_out_sha256": _hash(bounded)}
+        plain = {key: value for key, value in bounded.items() if isinstance(value, str | int | float)}
+        if most < _LONGEST_TEXT * len(plain):
+            plain = {key: _shortened(value) for key, value in plain.items()}
+        bounded = {**plain, "left_out_bytes": size, "left_out_sha256": _hash(bounded)}
     content = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **bounded, "before": before}
     newest = _hash(content)
     return newest, json.dumps(content | {"hash": newest}, sort_keys=True) + "\n"
@@ -141,13 +141,18 @@ def _bounded(value: object, depth: int = 0) -> object:
     if depth > _DEEPEST:
         return "(nested too deep)"
     if isinstance(value, Mapping):
-        items = list(value.items())
-        kept = {str(_bounded(str(key))): _bounded(one, depth + 1) for key, one in items[:_MOST_ITEMS]}
-        return kept if len(items) <= _MOST_ITEMS else kept | {"left_out": len(items) - _MOST_ITEMS}
+        return _bounded_items(value, depth)
     if isinstance(value, list | tuple):
-        kept = [_bounded(one, depth + 1) for one in value[:_MOST_TENSORS]]
-        return kept if len(value) <= _MOST_TENSORS else [*kept, f"({len(value) - _MOST_TENSORS} more)"]
+        first = [_bounded(one, depth + 1) for one in value[:_MOST_TENSORS]]
+        return first if len(value) <= _MOST_TENSORS else [*first, f"({len(value) - _MOST_TENSORS} more)"]
     return f"({type(value).__name__})"
+
+
+def _bounded_items(value: Mapping[Any, object], depth: int = 0) -> dict[str, object]:
+    """As many of a mapping's items as are recorded, and how many are not."""
+    items = list(value.items())
+    kept = {str(_bounded(str(key))): _bounded(one, depth + 1) for key, one in items[:_MOST_ITEMS]}
+    return kept if len(items) <= _MOST_ITEMS else kept | {"left_out": len(items) - _MOST_ITEMS}
 
 
 def _hash(content: Mapping[str, object]) -> str:
@@ -170,7 +175,7 @@ def _end(file: BinaryIO) -> tuple[str, bool, bytes]:
     return (str(whole["hash"]) if whole else START), bool(last), b"" if _parsed(last) else last
 
 
-def _parsed(line: bytes) -> dict | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """An entry, or None for a line that is none."""
     try:
         entry = json.loads(line)
@@ -179,7 +184,7 @@ def _parsed(line: bytes) -> dict | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("hash"), str) else None
 
 
-def read_entries(folder: Path) -> Iterator[tuple[int, bytes, dict | None]]:
+def read_entries(folder: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """Line number from 1, the line, and its entry or None where it is none."""
     path = folder / FILE
     if path.is_file():

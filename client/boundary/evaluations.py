@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ KEPT_S = 400 * 86400.0  # longer than a study's runs
 MOST_LINES = 100_000  # of rounds, and of other tests, at a hospital without a limit a month; 15 MB each
 _ROUND = "round-"  # begins the stage of a round
 
-Answer = Mapping[str, NDArray]  # "val/counts" and so on; of a split that is withheld none
+Answer = Mapping[str, NDArray[Any]]  # "val/counts" and so on; of a split that is withheld none
 
 
 class EvaluationsError(Refused):
@@ -102,7 +103,7 @@ def tested(site: Site, run: str, stage: str) -> str | None:
         raise LedgerError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _read(path: Path) -> list[dict]:
+def _read(path: Path) -> list[dict[str, Any]]:
     """The list of tests; a line that is none is an error, since it may hide one."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     for line in lines:
@@ -113,7 +114,7 @@ def _read(path: Path) -> list[dict]:
     return lines
 
 
-def _check_limits(policy: Policy, run: str, stage: str, alike: list[dict], now: float) -> None:
+def _check_limits(policy: Policy, run: str, stage: str, alike: list[dict[str, Any]], now: float) -> None:
     """Check the policy's limits; `alike` are the tests that count towards the same ones."""
     key, limit = "round_counts_per_month", policy.round_counts_per_month
     if not _is_round(stage):
@@ -137,7 +138,7 @@ def keep_answer(folder: Path, stage: str, answer: Answer, facts: Mapping[str, ob
       LedgerError: it cannot be written.
     """
     buffer = io.BytesIO()
-    np.savez(buffer, **answer, facts=np.array(json.dumps(dict(facts))))
+    np.savez(buffer, allow_pickle=False, **answer, facts=np.array(json.dumps(dict(facts))))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_bytes(_place(folder, stage), buffer.getvalue())

@@ -86,7 +86,11 @@ def check_initial(given: Tensors, built: Tensors) -> None:
     Raises:
       ModelNotOfRunError: one differs.
     """
-    wrong = [name for name, value in given.items() if not np.allclose(value, built[name], **SAME)]
+    wrong = [
+        name
+        for name, value in given.items()
+        if not np.allclose(value, built[name], rtol=SAME["rtol"], atol=SAME["atol"])
+    ]
     if wrong:
         raise ModelNotOfRunError(f"{len(wrong)} tensors are not those of run.seed, such as {wrong[0]}")
 

@@ -7,6 +7,7 @@ range, and what the run config also says must be the same there, because the hos
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -87,7 +88,7 @@ def train_order(content: RecordDict, config: RunConfig) -> TrainOrder:
     given = keys.get("proximal-mu", 0.0)
     if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given != expected:
         raise OrderError("proximal-mu is not federation.proximal_mu of the run config")
-    return TrainOrder(_run(keys), number, float(given), content["arrays"])
+    return TrainOrder(_run(keys), number, float(given), content.array_records["arrays"])
 
 
 def heads_order(content: RecordDict) -> HeadsOrder:
@@ -118,7 +119,8 @@ def evaluation_order(content: RecordDict, config: RunConfig) -> EvaluationOrder:
     most = MOST_HEAD_SETS if keys["stage"] == "final" and config.federation.heads == "ensemble" else 1
     if not 1 <= len(names) <= most:
         raise OrderError(f"{len(names)} sets of heads, expected 1 to {most} with federation.heads of the run config")
-    return EvaluationOrder(_run(keys), str(keys["stage"]), content["arrays"], tuple(content[name] for name in names))
+    arrays = content.array_records
+    return EvaluationOrder(_run(keys), str(keys["stage"]), arrays["arrays"], tuple(arrays[name] for name in names))
 
 
 def no_order(content: RecordDict) -> None:
@@ -131,15 +133,15 @@ def no_order(content: RecordDict) -> None:
         raise OrderError("records with a question that has none")
 
 
-def _config(content: RecordDict, needed: set[str], optional: set[str] = frozenset()) -> ConfigRecord:
+def _config(content: RecordDict, needed: set[str], optional: Collection[str] = ()) -> ConfigRecord:
     """The order's keys: all that are needed, and no unknown one."""
     keys = content.get("config")
-    if not isinstance(keys, ConfigRecord) or not needed <= keys.keys() <= needed | optional:
+    if not isinstance(keys, ConfigRecord) or not needed <= keys.keys() <= needed.union(optional):
         raise OrderError(f"an order without exactly the keys {sorted(needed)}")
     return keys
 
 
-def _only(content: RecordDict, kinds: dict[str, type]) -> None:
+def _only(content: RecordDict, kinds: Mapping[str, type]) -> None:
     """Check that beside the order's keys there are exactly these records."""
     if content.keys() != kinds.keys() | {"config"} or any(type(content[name]) is not kinds[name] for name in kinds):
         raise OrderError(f"records other than the expected {len(kinds)} beside the order's keys")

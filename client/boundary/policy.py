@@ -133,9 +133,10 @@ def enforce(site: Site, content: RecordDict) -> RecordDict:
                 f"{list(site.policy.release)}; use federation.share = 'encoder', or ask the site to change its site.yaml",
                 Refusal.GROUP,
             )
-    tallies = [content[name] for name in TALLIES if name in content]
+    tallies = [content.array_records[name] for name in TALLIES if name in content]
     if tallies or METRICS in content:
-        counts = [content[METRICS].get(PATIENTS, 0) if METRICS in content else 0]
+        patients = content.metric_records[METRICS].get(PATIENTS, 0) if METRICS in content else 0
+        counts = [patients if isinstance(patients, int | float) else 0]
         for tally in tallies:
             counts += tally[PATIENTS].numpy().tolist() if PATIENTS in tally else [0]
         refusal = metrics_refusal(site, int(min(counts)))

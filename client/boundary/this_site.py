@@ -7,7 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 
 from shared.config import parse_config
-from shared.site import Site, SiteError, read_site
+from shared.site import Site, read_site
+from shared.site_file import SiteError
 
 
 def simulated(context: Context) -> bool:

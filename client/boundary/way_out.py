@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from flwr.app import Context, Error, Message
@@ -20,14 +20,15 @@ from client.boundary.this_site import find_site, simulated
 from shared.config import ConfigError, RunConfig, Scalar, parse_config
 from shared.metrics import MetricsError
 from shared.refusals import TEXTS, Refusal, Refused
-from shared.site import Site, SiteError
+from shared.site import Site
+from shared.site_file import SiteError
 from shared.slices import CacheError
 from shared.wire.records import UpdateError
 
 log = logging.getLogger("hemafed.client")
 
 # Errors of code that knows no refusals.
-_CODES = {
+_CODES: dict[type[Exception], Refusal] = {
     UpdateError: Refusal.TENSORS,
     ConfigError: Refusal.RUN_CONFIG,
     MetricsError: Refusal.DIVERGED,
@@ -57,9 +58,9 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
         enforce(site, reply.content)
         asked = _asked(message, context)
         # Written before it leaves: what cannot be recorded does not.
-        reply.content[FACTS]["audit"] = record(site.state, "released", asked | contents(reply.content))
+        reply.content.config_records[FACTS]["audit"] = record(site.state, "released", asked | contents(reply.content))
         return reply
-    except (Refused, *_CODES) as error:
+    except (Refused, UpdateError, ConfigError, MetricsError, SiteError, CacheError) as error:
         code = error.code if isinstance(error, Refused) else _CODES[type(error)]
         detail = str(error)
         log.error("refused: %s", printable(detail))
@@ -83,7 +84,8 @@ def _admit_question(site: Site, message: Message, context: Context) -> int | Non
 
 def _asked(message: Message, context: Context) -> dict[str, object]:
     """What the server asked, for the audit log: its run, the kind of message and the run config where it is not the default."""
-    order = message.content.get("config", {}) if message.has_content() else {}
+    orders = message.content.config_records if message.has_content() else {}
+    order: Mapping[str, object] = orders.get("config", {})
     default = RunConfig().flat()
     hello = message.metadata.message_type == HELLO  # depends on neither, so that both could be anything
     return {
