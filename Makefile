@@ -16,6 +16,7 @@ federation: $(VENV)/app.done
 test: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy shared client/boundary
 	$(BIN)/pytest tests/test_imports.py
 	$(BIN)/pytest -n 2 --dist loadgroup --ignore=tests/test_imports.py
 
