@@ -22,7 +22,14 @@ from server.evaluation.report import write_report
 from server.federation.heads import ProbeError, final_heads, keeps_heads
 from server.federation.plausible import check_tally
 from server.federation.robust import longest_update
-from server.federation.roster import Member, QuorumError, Session, content_of, gather, receive
+from server.federation.roster import (
+    Participant,
+    QuorumError,
+    RunContext,
+    content_or_raise,
+    send_and_receive,
+    wait_for_quorum,
+)
 from server.federation.round_line import describe_round, round_text
 from server.federation.strategy import repeat_round
 from server.storage.checkpoint import (
@@ -58,11 +65,11 @@ from shared.wire.records import (
     UpdateError,
     expected_shapes,
     from_record,
-    part_of,
     tally_from_record,
     tested_hash,
     to_arrays,
     to_record,
+    typed_record,
 )
 
 log = logging.getLogger("hemafed.server")
@@ -140,9 +147,9 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         moments = saved.moments
         log.info(f"resuming after round {saved.round_number}")
 
-    session = Session(grid, settings, run, longest, registered=partial(registered_nodes, run.parent.parent))
+    session = RunContext(grid, settings, run, longest, registered=partial(registered_nodes, run.parent.parent))
     # Whether the run can end with a whole model is better known before hospitals train for days.
-    members = gather(session, partial(keeps_heads, settings))
+    members = wait_for_quorum(session, partial(keeps_heads, settings))
     for member in members:
         log.info(f"{member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
     if first == 1:
@@ -164,7 +171,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
 
     log.info("collecting heads and testing the final model")
     write_status(run, "running", what="the test of the final model")
-    members = gather(session)
+    members = wait_for_quorum(session)
     heads = final_heads(grid, members, config, run.name, arrays, model)
     record_config(run, config)  # of a resumed run other heads may have been asked for, and here they are
     test_seen(grid, members, run, "final", config, arrays, heads)
@@ -174,7 +181,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
 
 def test_seen(
     grid: Grid,
-    members: list[Member],
+    members: list[Participant],
     run: Path,
     stage: str,
     config: RunConfig,
@@ -195,10 +202,10 @@ def test_seen(
     model = tested_hash(encoder, [heads[name] for name in sorted(heads)])
     counts = {m.site: m.counts for m in members}
     messages = {m.site: Message(content, dst_node_id=m.node_id, message_type="evaluate") for m in members}
-    for site, reply in receive(grid, messages, timeout_s):
+    for site, reply in send_and_receive(grid, messages, timeout_s):
         try:
-            answer = content_of(reply, timeout_s)
-            facts = part_of(answer, "facts", ConfigRecord)
+            answer = content_or_raise(reply, timeout_s)
+            facts = typed_record(answer, "facts", ConfigRecord)
             if facts.get("model") != model:
                 raise UpdateError(
                     f"it tested another {stage} model of this run before, and tests one only; its counts are left out"
@@ -207,14 +214,14 @@ def test_seen(
                 log.info(f"{site} withholds counts: {shown(facts['withheld'])}")
             for split, part, replicates in (("val", "val", 0), ("test", "seen", config.evaluation.replicates)):
                 if f"tally-{split}" in answer:
-                    tally = tally_from_record(part_of(answer, f"tally-{split}", ArrayRecord), replicates)
+                    tally = tally_from_record(typed_record(answer, f"tally-{split}", ArrayRecord), replicates)
                     check_tally(tally, counts[site])
                     save_tally(run, stage, part, site, tally)
         except UpdateError as error:
             log.warning(f"{site}: no counts of the {stage} model: {error}")
 
 
-def finish(run: Path, members: list[Member]) -> None:
+def finish(run: Path, members: list[Participant]) -> None:
     """Summary and report of what is known so far: all but the held-out hospitals."""
     rounds = read_rounds(run)
     update_summary(
@@ -230,6 +237,6 @@ def finish(run: Path, members: list[Member]) -> None:
     write_report(run)
 
 
-def _public(member: Member) -> dict:
+def _public(member: Participant) -> dict:
     """What the summary says of a hospital."""
     return {"role": member.role, "weight": member.weight, **member.counts}

@@ -28,11 +28,11 @@ from client.dicom.hounsfield import BINS
 from client.dicom.series import Choice, CtSeries, describe, sharpness
 from client.ingest.label_table import LabelError
 from client.ingest.labels import splits_of
-from client.ingest.read_series import OFF_HEAD_HU, Part, middle_slice
+from client.ingest.read_series import OFF_HEAD_HU, CachedSeries, middle_slice
 from client.ingest.resample import edge_share
 from client.ingest.scan import walk
 from client.ingest.survey import Progress, Survey, read_parts, survey
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 from client.masks.drawn import PIECES, Tally
 from client.masks.match import refused
 from shared.site import Site
@@ -136,11 +136,11 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
     """
     lent = with_key(site)
     files = walk(lent)
-    parts: list[Part] = []
+    parts: list[CachedSeries] = []
     pictures: dict[str, Picture] = {}
     heads: dict[str, NDArray[np.int64]] = {}
     edges: dict[str, float] = {}
-    with Crew(workers) as crew:
+    with WorkerPool(workers) as crew:
         try:
             found = survey(lent, files, {}, crew, progress)
             trouble = []
@@ -168,12 +168,12 @@ def _evenly(count: int, most: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _areas(part: Part) -> NDArray[np.int64]:
+def _areas(part: CachedSeries) -> NDArray[np.int64]:
     """Pixels of hematoma per slice: what a check needs of the masks."""
     return part.masks.reshape(len(part.rows), -1).sum(axis=1, dtype=np.int64) if part.rows else np.zeros(0, np.int64)
 
 
-def _picture(part: Part, found: Survey) -> Picture:
+def _picture(part: CachedSeries, found: Survey) -> Picture:
     """The slice of a series that says most."""
     areas = _areas(part)
     best = int(np.argmax(areas)) if areas.any() else len(part.rows) // 2
@@ -185,7 +185,7 @@ def _conclude(
     site: Site,
     files: int,
     survey: Survey,
-    parts: list[Part],
+    parts: list[CachedSeries],
     heads: dict[str, NDArray[np.int64]],
     edges: dict[str, float],
     pictures: tuple[Picture, ...],
@@ -221,7 +221,7 @@ def _conclude(
     )
 
 
-def _counts(used: list[Part], labelled: dict[str, tuple[int, int]]) -> dict[str, int]:
+def _counts(used: list[CachedSeries], labelled: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Patients, series, slices, labels and masks."""
     return {
         "patients": len({part.patient for part in used}),
@@ -235,7 +235,7 @@ def _counts(used: list[Part], labelled: dict[str, tuple[int, int]]) -> dict[str,
 
 
 def _sums(
-    used: list[Part], found: Survey, series: dict[str, CtSeries], splits: dict[str, str]
+    used: list[CachedSeries], found: Survey, series: dict[str, CtSeries], splits: dict[str, str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, NDArray[np.int64]], dict[str, dict[str, int]]]:
     """Scanner -> labelled slices and positives; scanner -> values; split -> patients, slices and positives."""
     labelled: dict[str, tuple[int, int]] = {}

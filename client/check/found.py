@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from client.dicom.faults import Fault
 from client.dicom.series import CtSeries
-from client.ingest.read_series import Part
+from client.ingest.read_series import CachedSeries
 from client.ingest.survey import Survey
 from client.masks.drawn import Tally
 from shared.site import Site
@@ -37,7 +37,7 @@ class Found:
 
     site: Site
     survey: Survey
-    used: Sequence[Part]
+    used: Sequence[CachedSeries]
     heads: Mapping[str, NDArray[np.int64]]
     edges: Mapping[str, float]
     series: Mapping[str, CtSeries]

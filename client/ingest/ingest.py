@@ -27,7 +27,7 @@ from client.ingest.store import (
     HEAD,
     RECORDS,
     PartialCache,
-    StoredPart,
+    StoredSeries,
     read_journal,
     remove_leftovers,
     strangers,
@@ -35,7 +35,7 @@ from client.ingest.store import (
     whole_cache,
 )
 from client.ingest.survey import PART_VERSION, Progress, Survey, fingerprints, read_parts, survey
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 from shared.errors import HemafedError
 from shared.site import Site
 from shared.slices import FORMAT_VERSION, read_cache
@@ -95,7 +95,7 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
             manifest = _manifest(site, files)
             report = _current_report(site, manifest, len(files))
             if not report:
-                with Crew(workers) as crew:
+                with WorkerPool(workers) as crew:
                     report = _write(site, files, manifest, crew, progress)
             remove_leftovers(site.cache)
             return report
@@ -108,7 +108,7 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
         ) from error
 
 
-def _write(site: Site, files: list[FoundFile], manifest: str, crew: Crew, progress: Progress) -> IngestReport:
+def _write(site: Site, files: list[FoundFile], manifest: str, crew: WorkerPool, progress: Progress) -> IngestReport:
     """Read what is new, copy what is not, and put the new cache in place."""
     partial = PartialCache(site.cache)
     partial.folder.mkdir(parents=True, exist_ok=True)
@@ -137,11 +137,11 @@ def _write(site: Site, files: list[FoundFile], manifest: str, crew: Crew, progre
     return report
 
 
-def _fill(site: Site, partial: PartialCache, found: Survey, crew: Crew, progress: Progress) -> int:
+def _fill(site: Site, partial: PartialCache, found: Survey, crew: WorkerPool, progress: Progress) -> int:
     """Bring every series into the partial cache, in order; returns how many were read."""
     prints = fingerprints(found)
     done = partial.begin(prints)
-    old: dict[str, StoredPart] = {part.fingerprint: part for part in _whole_parts(site)}
+    old: dict[str, StoredSeries] = {part.fingerprint: part for part in _whole_parts(site)}
     fresh = [job for job, name in zip(found.jobs[done:], prints[done:], strict=True) if name not in old]
     reading = read_parts(fresh, crew)
     arrays = {}
@@ -160,13 +160,13 @@ def _fill(site: Site, partial: PartialCache, found: Survey, crew: Crew, progress
     return len(fresh)
 
 
-def _whole_parts(site: Site) -> list[StoredPart]:
+def _whole_parts(site: Site) -> list[StoredSeries]:
     """Parts of the cache in place, if it is whole."""
     cache, parts = whole_cache(site.cache), read_journal(site.cache)
     return parts if cache and sum(len(part.rows) for part in parts) == len(cache.label) else []
 
 
-def _report(found: Survey, parts: list[StoredPart], files: int, read: int, faults: tuple[Fault, ...]) -> IngestReport:
+def _report(found: Survey, parts: list[StoredSeries], files: int, read: int, faults: tuple[Fault, ...]) -> IngestReport:
     """Counts of a cache."""
     rows = [row for part in parts for row in part.rows]
     values = [found.labels.get(row.image, "") for row in rows]

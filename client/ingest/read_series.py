@@ -68,7 +68,7 @@ class PartRow:
 
 
 @dataclass(frozen=True)
-class Part:
+class CachedSeries:
     """One series, ready for the cache.
 
     Attributes:
@@ -93,7 +93,7 @@ class Part:
     tallies: tuple[Tally, ...] = ()
 
     @classmethod
-    def empty(cls, series: str, patient: str, faults: tuple[Fault, ...]) -> Part:
+    def empty(cls, series: str, patient: str, faults: tuple[Fault, ...]) -> CachedSeries:
         """A series of which nothing can be used, its masks neither."""
         nothing = (0, SIDE_PX, SIDE_PX)
         return cls(
@@ -108,7 +108,7 @@ class Part:
         )
 
 
-def read_part(job: SeriesJob) -> Part:
+def read_part(job: SeriesJob) -> CachedSeries:
     """Read, check and resample one series; what cannot be used of it is told in the part's faults."""
     try:
         return _read_part(job)
@@ -116,10 +116,10 @@ def read_part(job: SeriesJob) -> Part:
         full = "too large for this machine's memory; use fewer processes (--workers 1), or export it in parts"
         damaged = "damaged: its images or masks cannot be read; export it again"
         what = Fault(f"series {job.series.name}", full if isinstance(error, MemoryError) else damaged)
-        return Part.empty(job.series.name, job.series.slices[0].patient, (what,))
+        return CachedSeries.empty(job.series.name, job.series.slices[0].patient, (what,))
 
 
-def _read_part(job: SeriesJob) -> Part:
+def _read_part(job: SeriesJob) -> CachedSeries:
     """read_part, for what is foreseen."""
     series = job.series
     found = read_masks(job.masks, series, job.key, job.segments, restart_clock)
@@ -151,7 +151,7 @@ def _read_part(job: SeriesJob) -> Part:
         )
     shape = (len(good), SIDE_PX, SIDE_PX)
     rows = [rows[n] for n in good]
-    return Part(
+    return CachedSeries(
         series=series.name,
         patient=series.slices[0].patient,
         spacing_mm=series.spacing_mm,

@@ -15,7 +15,7 @@ from typing import Any
 
 from client.dicom.elements import pseudonym
 from client.dicom.headers import CtSlice
-from client.ingest.scan import READER_VERSION, FoundFile, Record
+from client.ingest.scan import READER_VERSION, FileRecord, FoundFile
 from client.masks.match import MaskFile
 from shared.site import Site
 
@@ -23,7 +23,7 @@ _SLICE_FIELDS = [f.name for f in fields(CtSlice) if f.name != "path"]
 _MASK_FIELDS = [f.name for f in fields(MaskFile) if f.name != "path"]
 
 
-def write_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, Record]]) -> None:
+def write_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> None:
     """Keep the records of all files, in place of those that are kept."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def write_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, Recor
     os.replace(partial, path)
 
 
-def append_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, Record]]) -> None:
+def append_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> None:
     """Add records as they are read, so that a stop loses few; of two lines on one file the later counts."""
     with open(path, "a", encoding="utf-8") as file:
         if not file.tell():
@@ -40,12 +40,12 @@ def append_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, Reco
         file.writelines(_lines(site, pairs))
 
 
-def read_records(path: Path, site: Site) -> dict[str, tuple[str, Record]]:
+def read_records(path: Path, site: Site) -> dict[str, tuple[str, FileRecord]]:
     """Code -> stamp and record, as they were kept; paths are put back by scan. {} if made by another reader or key.
 
     Where site.yaml's accept_lossy has changed, what it may decide is not among them: lossy images, and files left out.
     """
-    known: dict[str, tuple[str, Record]] = {}
+    known: dict[str, tuple[str, FileRecord]] = {}
     try:
         with open(path, encoding="utf-8") as file:
             if json.loads(file.readline()) != _maker(site):
@@ -65,7 +65,7 @@ def _maker(site: Site) -> list[Any]:
     return [READER_VERSION, pseudonym(site.key(), "key", "")]
 
 
-def _lines(site: Site, pairs: Iterable[tuple[FoundFile, Record]]) -> Iterator[str]:
+def _lines(site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> Iterator[str]:
     """Records as lines; the line break comes first, so that what follows a line that a stop has cut is whole."""
     for f, record in pairs:
         if not f.refused:
@@ -75,14 +75,19 @@ def _lines(site: Site, pairs: Iterable[tuple[FoundFile, Record]]) -> Iterator[st
             yield "\n" + json.dumps(content, separators=(",", ":"))
 
 
-def _parsed(line: str) -> tuple[str, str, bool, Record]:
+def _parsed(line: str) -> tuple[str, str, bool, FileRecord]:
     """Code, stamp, setting and record of a line; "" and nothing of one that a stop has cut."""
     try:
         code, stamp, accept_lossy, images, mask, fault = json.loads(line)
         slices = tuple(CtSlice(Path(), *(_frozen(v) for v in image)) for image in images)
-        return code, stamp, accept_lossy, Record(slices, MaskFile(Path(), *map(_frozen, mask)) if mask else None, fault)
+        return (
+            code,
+            stamp,
+            accept_lossy,
+            FileRecord(slices, MaskFile(Path(), *map(_frozen, mask)) if mask else None, fault),
+        )
     except (ValueError, TypeError):
-        return "", "", False, Record()
+        return "", "", False, FileRecord()
 
 
 def _frozen(value: object) -> object:

@@ -17,10 +17,10 @@ from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice
 from client.dicom.pixels import read_hu
 from client.dicom.series import SAME_PLACE_MM
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 
 
-def without_copies(images: Iterable[CtSlice], crew: Crew) -> tuple[list[CtSlice], list[Fault]]:
+def without_copies(images: Iterable[CtSlice], crew: WorkerPool) -> tuple[list[CtSlice], list[Fault]]:
     """Images without those that show what another one of their series shows at the same place.
 
     Only images that share a place are read, by workers, since a decoder may end its process.

@@ -17,7 +17,7 @@ from pathlib import Path
 from client.dicom.elements import pseudonym, read_dicom
 from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice, images_of
-from client.ingest.workers import ENDED_ITS_READER, Crew
+from client.ingest.workers import ENDED_ITS_READER, WorkerPool
 from client.masks.match import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask
 from shared.site import Site
 
@@ -49,7 +49,7 @@ class FoundFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class FileRecord:
     """What a file is; exactly one of the three is there.
 
     Attributes:
@@ -74,7 +74,7 @@ class Scan:
       faults: files left out.
     """
 
-    files: list[tuple[FoundFile, Record]]
+    files: list[tuple[FoundFile, FileRecord]]
     images: list[CtSlice]
     masks: list[MaskFile]
     faults: list[Fault]
@@ -163,10 +163,10 @@ def manifest_of(files: Iterable[FoundFile]) -> str:
 def scan(
     site: Site,
     files: list[FoundFile],
-    known: Mapping[str, tuple[str, Record]],
-    crew: Crew,
+    known: Mapping[str, tuple[str, FileRecord]],
+    crew: WorkerPool,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    keep: Callable[[list[tuple[FoundFile, Record]]], None] = lambda pairs: None,
+    keep: Callable[[list[tuple[FoundFile, FileRecord]]], None] = lambda pairs: None,
 ) -> Scan:
     """What every file is.
 
@@ -181,7 +181,7 @@ def scan(
     key = site.key()
     fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
     chunks = [(fresh[i : i + _CHUNK], key, site.accept_lossy) for i in range(0, len(fresh), _CHUNK)]
-    records: dict[str, Record] = {}
+    records: dict[str, FileRecord] = {}
     for (chunk, *_), result in crew.run(_scan_chunk, chunks):
         read = result if isinstance(result, list) else _one_by_one(crew, chunk, key, site.accept_lossy)
         records.update({f.code: record for f, record in zip(chunk, read, strict=True)})
@@ -189,25 +189,25 @@ def scan(
         progress(len(records), len(fresh))
     pairs = []
     for f in files:
-        record = Record(fault=f.refused) if f.refused else records.get(f.code) or _placed(known[f.code][1], f.path)
+        record = FileRecord(fault=f.refused) if f.refused else records.get(f.code) or _placed(known[f.code][1], f.path)
         pairs.append((f, record))
     return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
 
 
-def _scan_chunk(job: tuple[list[FoundFile], bytes, bool]) -> list[Record]:
+def _scan_chunk(job: tuple[list[FoundFile], bytes, bool]) -> list[FileRecord]:
     """Records of some files; runs in a worker."""
     files, key, accept_lossy = job
     return [scan_file(f, key, accept_lossy) for f in files]
 
 
-def _one_by_one(crew: Crew, chunk: list[FoundFile], key: bytes, accept_lossy: bool) -> list[Record]:
+def _one_by_one(crew: WorkerPool, chunk: list[FoundFile], key: bytes, accept_lossy: bool) -> list[FileRecord]:
     """Records of files one of which ended its reader."""
     jobs = [([f], key, accept_lossy) for f in chunk]
     results = [result for _, result in crew.run(_scan_chunk, jobs)]
-    return [r[0] if isinstance(r, list) else Record(fault=ENDED_ITS_READER) for r in results]
+    return [r[0] if isinstance(r, list) else FileRecord(fault=ENDED_ITS_READER) for r in results]
 
 
-def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
+def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> FileRecord:
     """What one file is."""
     try:
         with open(found.path, "rb") as file:
@@ -215,27 +215,27 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> Record:
         if not head:
             raise DicomError("an empty file")
         if is_picture(found.path, head):
-            return Record(mask=picture_mask(found.path, head, key, found.code))
+            return FileRecord(mask=picture_mask(found.path, head, key, found.code))
         if head[128:] != b"DICM" and other_format(found.path):
             raise DicomError(
                 f"a {other_format(found.path)} file, which is not read; save the mask as DICOM SEG or NIfTI"
             )
         dicom = read_dicom(found.path)
         if is_mask(dicom) or found.place == "masks":
-            return Record(mask=dicom_mask(dicom, found.path, key, found.code))
-        return Record(images=images_of(dicom, found.path, key, accept_lossy, found.code))
+            return FileRecord(mask=dicom_mask(dicom, found.path, key, found.code))
+        return FileRecord(images=images_of(dicom, found.path, key, accept_lossy, found.code))
     except DicomError as error:
-        return Record(fault=str(error))
+        return FileRecord(fault=str(error))
     except OSError as error:
-        return Record(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
+        return FileRecord(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
     except Exception:  # one bad file never stops a hospital's ingest
-        return Record(fault="damaged: its content cannot be read; export the file again")
+        return FileRecord(fault="damaged: its content cannot be read; export the file again")
 
 
-def _sort_out(pairs: list[tuple[FoundFile, Record]], mixed: bool, masks: Path | None) -> Scan:
+def _sort_out(pairs: list[tuple[FoundFile, FileRecord]], mixed: bool, masks: Path | None) -> Scan:
     """Images, masks and faults of all records; an image that comes twice counts once, or not at all if the two differ."""
     faults, images, mask_files = [], [], []
-    instances: dict[str, list[tuple[FoundFile, Record]]] = defaultdict(list)
+    instances: dict[str, list[tuple[FoundFile, FileRecord]]] = defaultdict(list)
     for f, record in pairs:
         what = f"file {f.code}"
         if record.fault:
@@ -266,9 +266,9 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
 
 
-def _placed(record: Record, path: Path) -> Record:
+def _placed(record: FileRecord, path: Path) -> FileRecord:
     """A kept record with the path of today's walk."""
-    return Record(
+    return FileRecord(
         tuple(replace(image, path=path) for image in record.images),
         replace(record.mask, path=path) if record.mask else None,
         record.fault,

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.dicom.faults import Fault
-from client.ingest.read_series import Part, PartRow
+from client.ingest.read_series import CachedSeries, PartRow
 from shared.slices import COLUMNS, SIDE_PX, CacheError, SliceCache, read_cache
 
 JOURNAL, RECORDS, HEAD = "parts.jsonl", "files.jsonl", "cache.json"
@@ -32,7 +32,7 @@ FILES = {*ARRAYS, "index.csv", HEAD, JOURNAL, RECORDS, f"{RECORDS}.partial", f"{
 
 
 @dataclass(frozen=True)
-class StoredPart:
+class StoredSeries:
     """A part in a cache: the Part without its arrays, and where they are.
 
     Attributes:
@@ -50,7 +50,7 @@ class StoredPart:
     faults: tuple[Fault, ...]
 
 
-def read_journal(folder: Path) -> list[StoredPart]:
+def read_journal(folder: Path) -> list[StoredSeries]:
     """The parts that a cache holds, whole ones only; [] where there is no cache."""
     path = folder / JOURNAL
     if not path.is_file():
@@ -66,7 +66,7 @@ def read_journal(folder: Path) -> list[StoredPart]:
             break
         if start + len(kept) > min(sizes):
             break
-        parts.append(StoredPart(fingerprint, start, series, patient, spacing_mm, kept, found))
+        parts.append(StoredSeries(fingerprint, start, series, patient, spacing_mm, kept, found))
         start += len(kept)
     return parts
 
@@ -96,7 +96,7 @@ class PartialCache:
     def __init__(self, cache: Path):
         self.cache = cache
         self.folder = cache.with_name(cache.name + ".partial")
-        self.parts: list[StoredPart] = []
+        self.parts: list[StoredSeries] = []
         self._arrays: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> PartialCache:
@@ -132,10 +132,12 @@ class PartialCache:
             self._arrays[name] = file
         return same
 
-    def add(self, fingerprint: str, part: Part | StoredPart, hu: NDArray[np.int16], masks: NDArray[np.uint8]) -> None:
+    def add(
+        self, fingerprint: str, part: CachedSeries | StoredSeries, hu: NDArray[np.int16], masks: NDArray[np.uint8]
+    ) -> None:
         """Append a part, of a worker or of the old cache."""
         start = sum(len(p.rows) for p in self.parts[-1:]) + (self.parts[-1].start if self.parts else 0)
-        stored = StoredPart(fingerprint, start, part.series, part.patient, part.spacing_mm, part.rows, part.faults)
+        stored = StoredSeries(fingerprint, start, part.series, part.patient, part.spacing_mm, part.rows, part.faults)
         for name, array in zip(ARRAYS, (hu, masks), strict=True):
             self._arrays[name].write(np.ascontiguousarray(array, ARRAYS[name]).data)
             self._arrays[name].flush()
@@ -169,7 +171,7 @@ class PartialCache:
 
 
 def index_rows(
-    parts: Iterable[StoredPart], labels: Mapping[str, str], splits: Mapping[str, str]
+    parts: Iterable[StoredSeries], labels: Mapping[str, str], splits: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """Rows of index.csv."""
     return [
@@ -232,7 +234,7 @@ def strangers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
 
 
-def _line(part: StoredPart) -> str:
+def _line(part: StoredSeries) -> str:
     """A part as a line of the journal."""
     content = {k: v for k, v in asdict(part).items() if k != "start"}
     rows = [list(row.values()) for row in content["rows"]]

@@ -14,10 +14,10 @@ from client.dicom.faults import Fault
 from client.dicom.series import Choice, CtSeries, build_series, choose
 from client.ingest.label_table import read_labels
 from client.ingest.labels import annotated_series, match_labels
-from client.ingest.read_series import Part, SeriesJob, can_read, image_name, read_part
+from client.ingest.read_series import CachedSeries, SeriesJob, can_read, image_name, read_part
 from client.ingest.resent import without_copies
-from client.ingest.scan import READER_VERSION, FoundFile, Record, Scan, scan
-from client.ingest.workers import ENDED_ITS_READER, Crew, WorkerEnded
+from client.ingest.scan import READER_VERSION, FileRecord, FoundFile, Scan, scan
+from client.ingest.workers import ENDED_ITS_READER, WorkerEnded, WorkerPool
 from client.masks.match import match_masks
 from shared.site import Site
 
@@ -56,10 +56,10 @@ class Survey:
 def survey(
     site: Site,
     files: list[FoundFile],
-    known: Mapping[str, tuple[str, Record]],
-    crew: Crew,
+    known: Mapping[str, tuple[str, FileRecord]],
+    crew: WorkerPool,
     progress: Progress,
-    keep: Callable[[list[tuple[FoundFile, Record]]], None] = lambda pairs: None,
+    keep: Callable[[list[tuple[FoundFile, FileRecord]]], None] = lambda pairs: None,
 ) -> Survey:
     """Read the headers of a hospital's files and decide what is taken.
 
@@ -99,13 +99,13 @@ def fingerprints(survey: Survey) -> list[str]:
     return prints
 
 
-def read_parts(jobs: list[SeriesJob], crew: Crew) -> Iterator[Part]:
+def read_parts(jobs: list[SeriesJob], crew: WorkerPool) -> Iterator[CachedSeries]:
     """The parts of some jobs, in their order; images that end their reader are left out."""
     for job, result in crew.run(read_part, jobs):
-        yield result if isinstance(result, Part) else _without_killers(job, crew)
+        yield result if isinstance(result, CachedSeries) else _without_killers(job, crew)
 
 
-def _without_killers(job: SeriesJob, crew: Crew) -> Part:
+def _without_killers(job: SeriesJob, crew: WorkerPool) -> CachedSeries:
     """The part of a series whose reading ended a process: without the images that do so alone, else without its masks."""
     killers = {
         image.image for image, result in crew.run(can_read, job.series.slices) if isinstance(result, WorkerEnded)
@@ -124,9 +124,9 @@ def _without_killers(job: SeriesJob, crew: Crew) -> Part:
     what = Fault(
         f"series {job.series.name}", f"{ENDED_ITS_READER}; its {len(job.series.slices)} images and masks are left out"
     )
-    return Part.empty(job.series.name, job.series.slices[0].patient, (*faults, what))
+    return CachedSeries.empty(job.series.name, job.series.slices[0].patient, (*faults, what))
 
 
-def _alone(job: SeriesJob, crew: Crew) -> Part | None:
+def _alone(job: SeriesJob, crew: WorkerPool) -> CachedSeries | None:
     """One series; None if it ends its process."""
-    return next((result for _, result in crew.run(read_part, [job]) if isinstance(result, Part)), None)
+    return next((result for _, result in crew.run(read_part, [job]) if isinstance(result, CachedSeries)), None)

@@ -56,7 +56,7 @@ def restart_clock() -> None:
         signal.setitimer(signal.ITIMER_PROF, PATIENCE_S)
 
 
-class Crew:
+class WorkerPool:
     """Some processes. Use as a context.
 
     Attributes:

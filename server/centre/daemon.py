@@ -31,8 +31,8 @@ from server.centre.proxy import (
     write_certificates,
     write_proxy_config,
 )
-from server.centre.registry import KnownSite, read_sites, write_nodes
-from server.centre.run_request import TERMINAL, Wanted, lock_path, read_wanted, write_trouble, write_wanted
+from server.centre.registry import RegisteredSite, read_sites, write_nodes
+from server.centre.run_request import TERMINAL, RunRequest, lock_path, read_wanted, write_trouble, write_wanted
 from server.storage.run_folder import read_status, write_status
 from shared.host.files import bound_log
 from shared.host.processes import HeldError, answers, end_owned, hold
@@ -235,7 +235,7 @@ class Daemon:
         if faults:
             raise CentreError("; ".join(faults))
 
-    def _sync_door(self, sites: dict[str, KnownSite], keys: dict[str, str]) -> None:
+    def _sync_door(self, sites: dict[str, RegisteredSite], keys: dict[str, str]) -> None:
         """Let the sites in whose keys Flower knows, and no others."""
         known = {name for name, (key, _) in self._registered.items() if keys.get(name) == key}
         sites = {name: site for name, site in sites.items() if site.status == "revoked" or name in known}
@@ -243,7 +243,7 @@ class Daemon:
             # nginx ends idle connections at once: a revoked hospital keeps none.
             self._processes["nginx"].send_signal(signal.SIGHUP)
 
-    def _forget(self, name: str, site: KnownSite | None, key: str | None) -> None:
+    def _forget(self, name: str, site: RegisteredSite | None, key: str | None) -> None:
         """Make Flower forget a site that has another key now, or none."""
         if name in self._registered and self._registered[name][0] != key:
             flwr(self._centre, "supernode", "unregister", self._registered[name][1], CONNECTION)
@@ -251,7 +251,7 @@ class Daemon:
             self._tell_nodes()
             self._say(f"site {name} is no longer admitted")
 
-    def _admit(self, name: str, site: KnownSite | None, key: str | None) -> None:
+    def _admit(self, name: str, site: RegisteredSite | None, key: str | None) -> None:
         """Make Flower know a site's key."""
         if site is None or key is None or name in self._registered:
             return
@@ -282,7 +282,7 @@ class Daemon:
         elif wanted.status == "running":
             self._follow(wanted)
 
-    def _launch(self, wanted: Wanted) -> None:
+    def _launch(self, wanted: RunRequest) -> None:
         """`flwr run`, resuming where the run has a folder."""
         centre, resume = self._centre, (self._centre.runs / wanted.name / "config.toml").is_file()
         places = {"id": wanted.name, "folder": str(centre.runs), "resume": resume}
@@ -299,7 +299,7 @@ class Daemon:
         self._write(wanted, status="running", flower_run=str(told["run-id"]), attempts=wanted.attempts + 1)
         self._say(f"run {wanted.name}: {'resumed' if resume else 'started'} as Flower's run {told['run-id']}")
 
-    def _follow(self, wanted: Wanted) -> None:
+    def _follow(self, wanted: RunRequest) -> None:
         """See whether the run has ended, and how."""
         said = read_status(self._centre.runs / wanted.name).state
         if said not in ("finished", "failed") and time.monotonic() - self._looked < ASK_FLOWER_S:
@@ -325,7 +325,7 @@ class Daemon:
             return
         self._say(f"run {wanted.name}: {read_wanted(self._centre).status} {error}")
 
-    def _write(self, wanted: Wanted, **changes: object) -> None:
+    def _write(self, wanted: RunRequest, **changes: object) -> None:
         """Change state/run.json; a stop that was asked for meanwhile is kept."""
         now = read_wanted(self._centre) or wanted
         write_wanted(self._centre, replace(now, **changes))

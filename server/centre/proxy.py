@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from server.centre.config import Centre, CentreError
-from server.centre.registry import KnownSite
+from server.centre.registry import RegisteredSite
 from shared.host.files import replace_text
 from shared.host.processes import end_all
 from shared.host.rights import group_name, user_name
@@ -138,7 +138,7 @@ _LOCATION = """\
     }}"""
 
 
-def write_proxy_config(centre: Centre, sites: dict[str, KnownSite] | None = None) -> Path:
+def write_proxy_config(centre: Centre, sites: dict[str, RegisteredSite] | None = None) -> Path:
     """Write nginx's config and the lists of certificates to the centre's state folder.
 
     Args:
@@ -195,7 +195,7 @@ def _connections() -> int:
     return max(LEAST_CONNECTIONS, min(MOST_CONNECTIONS, (most_files - 64) // 3))
 
 
-def write_certificates(centre: Centre, sites: dict[str, KnownSite]) -> bool:
+def write_certificates(centre: Centre, sites: dict[str, RegisteredSite]) -> bool:
     """Write which certificates the door lets in, and which were revoked.
 
     The centre's authority stands first: nginx takes no empty list, and it signs certificates of servers alone.

@@ -19,7 +19,7 @@ INVITATION_DAYS = 14
 
 
 @dataclass(frozen=True)
-class KnownSite:
+class RegisteredSite:
     """A hospital as the centre knows it.
 
     Attributes:
@@ -74,7 +74,7 @@ def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation
     write_letter(
         invitation_path(centre, site), invitation
     )  # first: where it cannot be written, the one before stays good
-    _write_site(centre, KnownSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
+    _write_site(centre, RegisteredSite(site, "invited", _now(), _token_hash(token), until, revoked_keys=revoked))
     return invitation
 
 
@@ -83,7 +83,7 @@ def invitation_path(centre: Centre, site: str) -> Path:
     return centre.folder / "invitations" / f"{site}.json"
 
 
-def register(centre: Centre, request: Request) -> KnownSite:
+def register(centre: Centre, request: Request) -> RegisteredSite:
     """Take a hospital's key.
 
     Raises:
@@ -110,7 +110,7 @@ def register(centre: Centre, request: Request) -> KnownSite:
         )
     if datetime.fromisoformat(known.expires) < datetime.now(UTC):
         raise CentreError(f"the invitation of site {request.site!r} expired on {known.expires}; invite it again")
-    taken = KnownSite(
+    taken = RegisteredSite(
         request.site,
         "registered",
         _now(),
@@ -122,7 +122,7 @@ def register(centre: Centre, request: Request) -> KnownSite:
     return taken
 
 
-def revoke(centre: Centre, site: str) -> KnownSite:
+def revoke(centre: Centre, site: str) -> RegisteredSite:
     """Forget a hospital's key, for good.
 
     Raises:
@@ -138,7 +138,7 @@ def revoke(centre: Centre, site: str) -> KnownSite:
     return gone
 
 
-def read_sites(centre: Centre) -> dict[str, KnownSite]:
+def read_sites(centre: Centre) -> dict[str, RegisteredSite]:
     """Name -> site, of all that were ever invited.
 
     Raises:
@@ -149,7 +149,7 @@ def read_sites(centre: Centre) -> dict[str, KnownSite]:
         try:
             content = json.loads(path.read_text())
             content["revoked_keys"] = tuple(content.get("revoked_keys", ()))
-            sites[path.stem] = KnownSite(**content)
+            sites[path.stem] = RegisteredSite(**content)
         except (ValueError, TypeError, AttributeError) as error:
             raise CentreError(
                 f"{path} is damaged ({error}); restore it from a backup, or delete it and invite anew"
@@ -175,7 +175,7 @@ def write_nodes(centre: Centre, nodes: dict[str, str]) -> None:
     replace_text(centre.state / "nodes.json", json.dumps(nodes, indent=2) + "\n")
 
 
-def _write_site(centre: Centre, site: KnownSite) -> None:
+def _write_site(centre: Centre, site: RegisteredSite) -> None:
     """Replace a site's file."""
     replace_text(centre.folder / "sites" / f"{site.site}.json", json.dumps(asdict(site), indent=2) + "\n")
 

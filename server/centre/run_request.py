@@ -17,7 +17,7 @@ TERMINAL = ("finished", "failed", "stopped")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RunRequest:
     """The run that the centre is to carry out, in state/run.json.
 
     Attributes:
@@ -41,13 +41,13 @@ class Wanted:
     stop: bool = False
 
 
-def read_wanted(centre: Centre) -> Wanted | None:
+def read_wanted(centre: Centre) -> RunRequest | None:
     """The run that is wanted or was the last; None if there never was one."""
     path = centre.state / "run.json"
-    return Wanted(**json.loads(path.read_text())) if path.is_file() else None
+    return RunRequest(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def write_wanted(centre: Centre, wanted: Wanted) -> None:
+def write_wanted(centre: Centre, wanted: RunRequest) -> None:
     """Replace state/run.json in one step."""
     replace_text(centre.state / "run.json", json.dumps(asdict(wanted), indent=2) + "\n")
 
@@ -63,7 +63,7 @@ def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
         raise CentreError(
             f"run {last.name!r} is {last.status}; a centre carries out one run at a time: wait, or 'hemafed-server stop' it"
         )
-    write_wanted(centre, Wanted(name, config))
+    write_wanted(centre, RunRequest(name, config))
 
 
 def write_trouble(centre: Centre, text: str) -> None:

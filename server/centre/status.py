@@ -15,7 +15,7 @@ from rich.table import Table
 from server.centre.config import CONNECTION, Centre, CentreError, expiry_warnings
 from server.centre.flower_commands import flwr
 from server.centre.registry import read_nodes, read_sites
-from server.centre.run_request import TERMINAL, Wanted, is_running, read_trouble, read_wanted
+from server.centre.run_request import TERMINAL, RunRequest, is_running, read_trouble, read_wanted
 from server.storage.lines import RoundLine
 from server.storage.run_folder import read_rounds, read_status
 from shared.host.systemd import unit_text
@@ -77,7 +77,7 @@ def status_lines(centre: Centre) -> Iterator[str]:
     yield from run_lines(centre, wanted)
 
 
-def run_lines(centre: Centre, wanted: Wanted) -> Iterator[str]:
+def run_lines(centre: Centre, wanted: RunRequest) -> Iterator[str]:
     """How a run stands."""
     run = centre.runs / wanted.name
     status, rounds = read_status(run), read_rounds(run)
@@ -115,7 +115,7 @@ def _ago(moment: float) -> str:
     return f"{seconds:.0f} s ago"
 
 
-def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> Wanted:
+def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> RunRequest:
     """Tell a run's rounds and waits as they come, until it ends; what became of it."""
     shown, state = 0, ""
     while True:

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.robust import combine, is_plain
-from server.federation.roster import Member, QuorumError, content_of, receive
+from server.federation.roster import Participant, QuorumError, content_or_raise, send_and_receive
 from shared.config import ConfigError, FederationSettings, RunConfig
 from shared.errors import HemafedError
 from shared.groups import HEADS, TENSOR_GROUPS
@@ -27,7 +27,7 @@ from shared.model.batches import read_batch
 from shared.model.swin import MultiTaskSwin, autocast
 from shared.site import read_site
 from shared.slices import SliceCache, read_cache
-from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, part_of, to_arrays
+from shared.wire.records import Tensors, UpdateError, expected_shapes, from_record, to_arrays, typed_record
 
 log = logging.getLogger("hemafed.server")
 
@@ -39,7 +39,7 @@ class ProbeError(HemafedError, ValueError):
     """A head cannot be fitted on the development site."""
 
 
-def keeps_heads(settings: FederationSettings, member: Member) -> str:
+def keeps_heads(settings: FederationSettings, member: Participant) -> str:
     """Why a hospital cannot give what the final model needs as heads; empty if it can, or if none are needed."""
     if settings.share == "all" or settings.heads == "probe" or member.release.issuperset(HEADS):
         return ""
@@ -50,7 +50,7 @@ def keeps_heads(settings: FederationSettings, member: Member) -> str:
 
 
 def final_heads(
-    grid: Grid, members: list[Member], config: RunConfig, run: str, arrays: Tensors, model: MultiTaskSwin
+    grid: Grid, members: list[Participant], config: RunConfig, run: str, arrays: Tensors, model: MultiTaskSwin
 ) -> dict[str, Tensors]:
     """What the global model uses as heads: name -> tensors; several make an ensemble.
 
@@ -76,10 +76,10 @@ def final_heads(
     weights = {m.site: m.weight for m in members}
     total, released, refused = WeightedSum({}), {}, {}
     each = settings.heads == "ensemble" or not is_plain(settings)
-    for site, reply in receive(grid, messages, settings.round_deadline_s):
+    for site, reply in send_and_receive(grid, messages, settings.round_deadline_s):
         try:
             tensors = from_record(
-                part_of(content_of(reply, settings.round_deadline_s), "update", ArrayRecord), expected
+                typed_record(content_or_raise(reply, settings.round_deadline_s), "update", ArrayRecord), expected
             )
         except UpdateError as error:
             refused[site] = str(error)

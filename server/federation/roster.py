@@ -25,7 +25,7 @@ from shared.errors import HemafedError
 from shared.groups import TENSOR_GROUPS
 from shared.site import ROLES
 from shared.wire.foreign import LONGEST_NAME, shown
-from shared.wire.records import PROTOCOL_VERSION, UpdateError, part_of, read_metrics
+from shared.wire.records import PROTOCOL_VERSION, UpdateError, read_metrics, typed_record
 
 log = logging.getLogger("hemafed.server")
 
@@ -45,7 +45,7 @@ class QuorumError(HemafedError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Member:
+class Participant:
     """A hospital that answered 'hello'.
 
     Attributes:
@@ -75,7 +75,7 @@ class Unreadable:
     reason: str
 
 
-class Look:
+class PendingReply:
     """Looks for one reply, each time in a thread of its own.
 
     Of a reply that its node has sent in part, Flower waits for the rest, for minutes and without a way to stop it; a round's
@@ -123,7 +123,7 @@ class Late:
       since, until: when the deadline was, and when it is given up; monotonic seconds.
     """
 
-    look: Look
+    look: PendingReply
     since: float
     until: float
 
@@ -137,12 +137,12 @@ class Late:
 class Roster:
     """Who is known, who was turned away, with its name and why, and who is busy with an earlier round; grows as nodes come."""
 
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, Participant] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     silent: dict[int, Late] = field(default_factory=dict)
     late: dict[str, Late] = field(default_factory=dict)
 
-    def training(self, online: set[int]) -> list[Member]:
+    def training(self, online: set[int]) -> list[Participant]:
         """Members that train, are free and whose node is connected, in order of their names."""
         free = [m for _, m in sorted(self.members.items()) if m.site not in self.late]
         return [m for m in free if m.role == "train" and m.node_id in online]
@@ -163,7 +163,7 @@ class Roster:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunContext:
     """One run's federation.
 
     Attributes:
@@ -183,7 +183,7 @@ class Session:
     registered: Callable[[], Mapping[int, str]] = dict
 
 
-def greet(session: Session) -> None:
+def greet(session: RunContext) -> None:
     """Ask every node that is not yet known who it is; the roster learns the answers and the log the refusals.
 
     A node that does not answer in time is not waited for again, which would cost each round a minute; its answer is fetched
@@ -199,8 +199,8 @@ def greet(session: Session) -> None:
     known = {m.node_id for m in roster.members.values()}
     new = [n for n in grid.get_node_ids() if n not in known and n not in roster.refused and n not in roster.silent]
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in new}
-    missed: dict[str, Look] = {}
-    for name, reply in receive(grid, messages, HELLO_TIMEOUT_S, missed):
+    missed: dict[str, PendingReply] = {}
+    for name, reply in send_and_receive(grid, messages, HELLO_TIMEOUT_S, missed):
         node_id = int(name)
         if reply is not None:
             _welcome(session, node_id, reply, registered)
@@ -212,7 +212,7 @@ def greet(session: Session) -> None:
             roster.silent[node_id] = Late(missed[name], now, now + SILENT_S)
 
 
-def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping[int, str]) -> None:
+def _welcome(session: RunContext, node_id: int, reply: Message, registered: Mapping[int, str]) -> None:
     """Put who answered 'hello' into the roster, among the members or the refused."""
     roster = session.roster
     try:
@@ -232,9 +232,9 @@ def _welcome(session: Session, node_id: int, reply: Message, registered: Mapping
     roster.members[member.site] = member
 
 
-def _read_hello(node_id: int, reply: Message) -> Member:
+def _read_hello(node_id: int, reply: Message) -> Participant:
     """The answer to 'hello', checked."""
-    facts = part_of(content_of(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
+    facts = typed_record(content_or_raise(reply, HELLO_TIMEOUT_S), "facts", ConfigRecord)
     site, role, release = (facts.get(name) for name in ("site", "role", "release"))
     if facts.get("protocol") != PROTOCOL_VERSION:
         raise UpdateError(
@@ -245,16 +245,16 @@ def _read_hello(node_id: int, reply: Message) -> Member:
     groups = frozenset(filter(None, release.split(",")))
     if not groups <= set(TENSOR_GROUPS):
         raise UpdateError(f"site {site!r} releases {shown(release, LONGEST_NAME)}, expected some of {TENSOR_GROUPS}")
-    return Member(node_id, site, role, groups, check_counts(read_metrics(reply.content)))
+    return Participant(node_id, site, role, groups, check_counts(read_metrics(reply.content)))
 
 
-def _weighed(members: list[Member], by: str) -> list[Member]:
+def _weighed(members: list[Participant], by: str) -> list[Participant]:
     """The same members with their weights."""
     weights = site_weights({member.site: member.counts.get("patients") for member in members}, by)
     return [replace(member, weight=weights[member.site]) for member in members]
 
 
-def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "") -> list[Member]:
+def wait_for_quorum(session: RunContext, lacks: Callable[[Participant], str] = lambda member: "") -> list[Participant]:
     """The training hospitals that are connected and free, waiting up to wait_s for a quorum of them.
 
     Whoever looks at the run meanwhile is told who is there, in the log and in the run's status.
@@ -294,11 +294,11 @@ def gather(session: Session, lacks: Callable[[Member], str] = lambda member: "")
     )
 
 
-def receive(
+def send_and_receive(
     grid: Grid,
     messages: Mapping[str, Message],
     timeout_s: float,
-    missed: dict[str, Look] | None = None,
+    missed: dict[str, PendingReply] | None = None,
     awaiting: Callable[[str], None] = lambda name: None,
 ) -> Iterator[tuple[str, Message | Unreadable | None]]:
     """Send messages, and yield the replies in order of the names, one at a time.
@@ -321,7 +321,7 @@ def receive(
     for name, message_id in ids.items():
         reply, pause_s = None, FIRST_POLL_S
         awaiting(name)
-        look = None if message_id is None else Look(grid, message_id)
+        look = None if message_id is None else PendingReply(grid, message_id)
         while look is not None:
             reply = look(max(end - time.monotonic(), LAST_LOOK_S))
             if reply is not None or time.monotonic() >= end:
@@ -333,7 +333,7 @@ def receive(
         yield name, reply
 
 
-def content_of(reply: Message | Unreadable | None, timeout_s: float) -> RecordDict:
+def content_or_raise(reply: Message | Unreadable | None, timeout_s: float) -> RecordDict:
     """What a reply holds.
 
     Raises:

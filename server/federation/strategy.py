@@ -18,7 +18,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from server.federation.aggregate import WeightedSum, fold, mean
 from server.federation.plausible import check_metrics, check_tally
 from server.federation.robust import combine, is_plain, update_norm
-from server.federation.roster import Late, Member, QuorumError, Session, content_of, gather, receive
+from server.federation.roster import (
+    Late,
+    Participant,
+    QuorumError,
+    RunContext,
+    content_or_raise,
+    send_and_receive,
+    wait_for_quorum,
+)
 from server.federation.server_step import server_step
 from server.storage.checkpoint import Moments
 from server.storage.run_folder import write_status
@@ -29,12 +37,12 @@ from shared.wire.records import (
     Tensors,
     UpdateError,
     from_record,
-    part_of,
     read_metrics,
     shapes_of,
     tally_from_record,
     tested_hash,
     to_record,
+    typed_record,
 )
 
 log = logging.getLogger("hemafed.server")
@@ -89,7 +97,7 @@ class RoundResult:
     seconds: float
 
 
-def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: int) -> RoundResult:
+def repeat_round(session: RunContext, moments: Moments, arrays: Tensors, number: int) -> RoundResult:
     """One round, asked for again while too few good updates come, up to wait_s after the first attempt.
 
     Nothing of an attempt below quorum is used.
@@ -99,9 +107,9 @@ def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: in
     """
     began, pause_s = time.monotonic(), FIRST_PAUSE_S
     while True:
-        members = gather(session)
+        members = wait_for_quorum(session)
         try:
-            return train_round(session, moments, members, arrays, number)
+            return run_round(session, moments, members, arrays, number)
         except QuorumError as error:
             if time.monotonic() + pause_s >= began + session.settings.wait_s:
                 raise
@@ -111,8 +119,8 @@ def repeat_round(session: Session, moments: Moments, arrays: Tensors, number: in
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def train_round(
-    session: Session, moments: Moments, members: list[Member], arrays: Tensors, round_number: int
+def run_round(
+    session: RunContext, moments: Moments, members: list[Participant], arrays: Tensors, round_number: int
 ) -> RoundResult:
     """One round: send the global tensors, check and fold in the replies, take the server's step.
 
@@ -138,10 +146,10 @@ def train_round(
 
     plain = is_plain(settings)
     total, held, sites, refused, missed = WeightedSum({}), {}, {}, {}, {}
-    for name, reply in receive(grid, messages, settings.round_deadline_s, missed, awaiting):
+    for name, reply in send_and_receive(grid, messages, settings.round_deadline_s, missed, awaiting):
         try:
             content = _content_from(reply, name, settings)
-            update = from_record(part_of(content, "update", ArrayRecord), expected)
+            update = from_record(typed_record(content, "update", ArrayRecord), expected)
             norm = update_norm(update, arrays)
             if norm > session.longest:
                 raise UpdateError(f"an update of length {norm:.3g}, expected at most {session.longest:.3g}")
@@ -187,8 +195,8 @@ def train_round(
 
 def _content_from(reply: Message | None, name: str, settings: FederationSettings) -> RecordDict:
     """What a site's reply to a round holds, if it is the site's."""
-    content = content_of(reply, settings.round_deadline_s)
-    said = part_of(content, "facts", ConfigRecord).get("site")
+    content = content_or_raise(reply, settings.round_deadline_s)
+    said = typed_record(content, "facts", ConfigRecord).get("site")
     if said != name:
         raise UpdateError(f"the reply says that it is from site {shown(said, LONGEST_NAME)}")
     return content
@@ -196,7 +204,7 @@ def _content_from(reply: Message | None, name: str, settings: FederationSettings
 
 def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int], model: str) -> SiteRound:
     """What a site's reply says beside its update, compared with its counts at 'hello' and the model that it was sent."""
-    tally = tally_from_record(part_of(content, "tally", ArrayRecord), 0) if "tally" in content else None
+    tally = tally_from_record(typed_record(content, "tally", ArrayRecord), 0) if "tally" in content else None
     if not counts:  # withheld at 'hello'; a hospital that releases them since then still takes part
         tally = None
     if tally is not None:

@@ -113,9 +113,9 @@ def make_batch(
     if augmentation != "none":
         if generator is None:
             raise ValueError(f"train.augment = {augmentation!r} needs a generator to draw from")
-        hu_BCYX, mask_BCYX = turn(hu_BCYX, mask_BCYX, generator)
+        hu_BCYX, mask_BCYX = augment_pose(hu_BCYX, mask_BCYX, generator)
         if augmentation == "scanner":
-            hu_BCYX = rescan(hu_BCYX, generator)
+            hu_BCYX = augment_scanner(hu_BCYX, generator)
     image = torch.cat([((hu_BCYX - low) / (high - low)).clamp(0, 1) for low, high in inputs.windows_hu], dim=1)
     return Batch(
         image=image,
@@ -132,7 +132,7 @@ def read_batch(
     return make_batch(make_inputs(cache, rows, windows_hu, image_size), np.arange(len(rows)))
 
 
-def turn(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment_pose(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Another pose: left-right flip, rotation up to 20 degrees, scale 0.9 to 1.1, shift up to 6 % of the side, per slice.
 
     Args:
@@ -151,7 +151,7 @@ def turn(hu_BCYX: Tensor, mask_BCYX: Tensor, generator: torch.Generator) -> tupl
     return hu_BCYX, functional.grid_sample(mask_BCYX, grid, align_corners=False)
 
 
-def rescan(hu_BCYX: Tensor, generator: torch.Generator) -> Tensor:
+def augment_scanner(hu_BCYX: Tensor, generator: torch.Generator) -> Tensor:
     """Another scanner: kernel, cupping, calibration, gain and noise, each drawn per slice; the label stays.
 
     The kernel blurs or sharpens (half a pixel's neighbourhood either way), cupping raises or lowers the

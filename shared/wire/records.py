@@ -112,7 +112,7 @@ def _check_statistic(name: str, value: NDArray[np.float32]) -> None:
         raise UpdateError(f"tensor {name}: values beyond {LARGEST_STATISTIC:g}")
 
 
-def part_of(content: RecordDict, name: str, kind: type[Record]) -> Record:
+def typed_record(content: RecordDict, name: str, kind: type[Record]) -> Record:
     """One record of a reply.
 
     Raises:
@@ -132,7 +132,7 @@ def read_metrics(content: RecordDict) -> dict[str, float]:
     """
     if "metrics" not in content:
         return {}
-    metrics = part_of(content, "metrics", MetricRecord)
+    metrics = typed_record(content, "metrics", MetricRecord)
     strange = metrics.keys() - set(METRICS)
     if strange:
         raise UpdateError(f"{len(strange)} metrics of unknown names {shown_names(strange)}, expected some of {METRICS}")

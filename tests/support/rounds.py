@@ -8,8 +8,8 @@ import numpy as np
 from flwr.app import Message
 
 from server.federation.robust import longest_update
-from server.federation.roster import Session, gather
-from server.federation.strategy import train_round
+from server.federation.roster import RunContext, wait_for_quorum
+from server.federation.strategy import run_round
 from server.storage.checkpoint import Moments
 from shared.config import parse_config
 from shared.model.scoring import build_model
@@ -28,11 +28,11 @@ def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, 
     return folder / "latest", grid
 
 
-def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[Session, Moments, dict]:
+def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[RunContext, Moments, dict]:
     """A run before its first round: session, moments and initial encoder."""
     config = parse_config(flat)
     arrays = to_arrays(build_model(config.model, config.run.seed).state_dict(), ("encoder",))
-    session = Session(grid, config.federation, hospitals.root / "test", longest_update(arrays))
+    session = RunContext(grid, config.federation, hospitals.root / "test", longest_update(arrays))
     session.run.mkdir(exist_ok=True)
     return session, Moments(), arrays
 
@@ -41,8 +41,8 @@ def first_round(hospitals: SmallHospitals, names: list[str], flat: dict, **grid_
     """One round through real client code; the grid, the members and the result."""
     grid = LoopbackGrid([hospitals.files[name] for name in names], flat, **grid_options)
     session, moments, arrays = beginning(grid, flat, hospitals)
-    members = gather(session)
-    result = train_round(session, moments, members, arrays, 1)
+    members = wait_for_quorum(session)
+    result = run_round(session, moments, members, arrays, 1)
     return grid, members, arrays, result
 
 

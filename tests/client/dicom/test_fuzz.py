@@ -37,10 +37,10 @@ from pydicom.uid import (
 from client.dicom.elements import silence_readers
 from client.dicom.headers import CtSlice
 from client.dicom.series import build_series, choose
-from client.ingest.read_series import Part, SeriesJob, read_part
-from client.ingest.scan import FoundFile, Record, scan_file
+from client.ingest.read_series import CachedSeries, SeriesJob, read_part
+from client.ingest.scan import FileRecord, FoundFile, scan_file
 from client.ingest.survey import read_parts
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 from client.masks.match import match_masks, read_masks
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_series
 from tests.support.mask_files import grid_of, truth, write_seg
@@ -116,8 +116,8 @@ def pixels_begin(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    with Crew(1) as one:
+def crew() -> Iterator[WorkerPool]:
+    with WorkerPool(1) as one:
         yield one
 
 
@@ -127,13 +127,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-def scanned(path: Path) -> Record:
+def scanned(path: Path) -> FileRecord:
     return scan_file(FoundFile(path, path.name, "images", ""), KEY, False)
 
 
 @pytest.mark.parametrize("syntax", [*NATIVE, *COMPRESSED], ids=lambda uid: UID(uid).name)
 @given(damage=DAMAGE)
-def test_a_damaged_image_is_right_or_left_out(syntax: str, damage: Damage, place: Path, crew: Crew) -> None:
+def test_a_damaged_image_is_right_or_left_out(syntax: str, damage: Damage, place: Path, crew: WorkerPool) -> None:
     folder = place / syntax
     folder.mkdir(exist_ok=True)
     files = valid_files(syntax, place)
@@ -159,7 +159,7 @@ def test_a_damaged_image_is_right_or_left_out(syntax: str, damage: Damage, place
                 np.testing.assert_array_equal(part.hu[row], _expected(image, place, syntax))
 
 
-def _parts(series: object, syntax: str, crew: Crew) -> list[Part]:
+def _parts(series: object, syntax: str, crew: WorkerPool) -> list[CachedSeries]:
     """In this process what Python reads, in another what C reads: it may end its process."""
     job = SeriesJob(series, (), KEY, ())
     return list(read_parts([job], crew)) if syntax in COMPRESSED else [read_part(job)]

@@ -27,7 +27,7 @@ from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
 from client.dicom.series import sharpness
 from client.ingest.resent import without_copies
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
 from tests.support.small_sites import SERIES, draw, edit_data, ingested, make_site, three, tiny_head
 
@@ -318,7 +318,7 @@ def test_a_copy_in_another_compression_is_a_copy(tmp_path: Path) -> None:
     write_ct(tmp_path / "a", head_hu(), sop="1.2.1", **settings)
     save_as_syntax(ct_dataset(head_hu(), sop="1.2.2", **settings), tmp_path / "b", JPEGLSLossless)
     write_ct(tmp_path / "c", head_hu(seed=1), sop="1.2.3", position=(0, 0, 10.0), series=SERIES)
-    with Crew(1) as crew:
+    with WorkerPool(1) as crew:
         kept, faults = without_copies([one(tmp_path / name) for name in "abc"], crew)
     assert (len(kept), len(faults)) == (2, 1)
     assert sum(len(image.copies) for image in kept) == 1

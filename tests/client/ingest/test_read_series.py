@@ -14,7 +14,7 @@ from client.dicom.headers import read_images
 from client.dicom.pixels import AIR_HU
 from client.dicom.series import CtSeries, build_series
 from client.ingest import read_series as reading
-from client.ingest.read_series import MOST_FOR_CENTRE, Part, SeriesJob, can_read, image_name, read_part
+from client.ingest.read_series import MOST_FOR_CENTRE, CachedSeries, SeriesJob, can_read, image_name, read_part
 from client.masks.match import MaskFile, picture_mask
 from shared.slices import SIDE_PX
 from tests.support.small_sites import SERIES, SIDE, SPACING_MM, three, tiny_head, write_images, write_multi_frame
@@ -30,7 +30,7 @@ def series_of(folder: Path) -> CtSeries:
     return series
 
 
-def part_of(folder: Path, *masks: MaskFile, segments: tuple = ()) -> Part:
+def part_of(folder: Path, *masks: MaskFile, segments: tuple = ()) -> CachedSeries:
     return read_part(SeriesJob(series_of(folder), masks, KEY, segments))
 
 
@@ -41,7 +41,7 @@ def png(folder: Path, sop: str, mask_YX: np.ndarray) -> MaskFile:
     return picture_mask(path, path.read_bytes()[:132], KEY, f"mask-{sop}")
 
 
-def said(part: Part) -> list[tuple[str, str]]:
+def said(part: CachedSeries) -> list[tuple[str, str]]:
     return [(fault.what, fault.reason) for fault in part.faults]
 
 

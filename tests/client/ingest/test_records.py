@@ -7,12 +7,12 @@ import pytest
 
 from client.ingest import records
 from client.ingest.records import append_records, read_records, write_records
-from client.ingest.scan import FoundFile, Record, scan, walk
-from client.ingest.workers import Crew
+from client.ingest.scan import FileRecord, FoundFile, scan, walk
+from client.ingest.workers import WorkerPool
 from shared.site import Site, read_site
 from tests.support.small_sites import SERIES, make_site, three, write_multi_frame
 
-Pairs = list[tuple[FoundFile, Record]]
+Pairs = list[tuple[FoundFile, FileRecord]]
 
 
 @pytest.fixture
@@ -29,16 +29,16 @@ def site(tmp_path: Path) -> Site:
 
 
 def pairs_of(site: Site) -> Pairs:
-    with Crew(1) as crew:
+    with WorkerPool(1) as crew:
         return scan(site, walk(site), {}, crew).files
 
 
-def known(pairs: Pairs) -> dict[str, tuple[str, Record]]:
+def known(pairs: Pairs) -> dict[str, tuple[str, FileRecord]]:
     """As read_records gives it: what was not opened is not there, and paths are not."""
     return {
         f.code: (
             f.stamp,
-            Record(
+            FileRecord(
                 tuple(replace(image, path=Path()) for image in record.images),
                 replace(record.mask, path=Path()) if record.mask else None,
                 record.fault,

@@ -12,14 +12,14 @@ from PIL import Image
 from client.dicom.elements import pseudonym
 from client.ingest import scan as scan_module
 from client.ingest.ingest import ingest
-from client.ingest.scan import FoundFile, Record, Scan, manifest_of, scan, walk
-from client.ingest.workers import Crew
+from client.ingest.scan import FileRecord, FoundFile, Scan, manifest_of, scan, walk
+from client.ingest.workers import WorkerPool
 from shared.site import Site, read_site
 from tests.support.small_sites import SERIES, file_code, ingested, make_site, tiny_head, write_images
 
 
-def scanned(site: Site, known: dict[str, tuple[str, Record]] | None = None) -> Scan:
-    with Crew(1) as crew:
+def scanned(site: Site, known: dict[str, tuple[str, FileRecord]] | None = None) -> Scan:
+    with WorkerPool(1) as crew:
         return scan(site, walk(site), known or {}, crew)
 
 
@@ -158,7 +158,7 @@ def test_files_that_vanish_after_the_walk_are_told(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path, {"a": {}, "folder/b": {"sop": "1.2.2"}, "folder/c": {"sop": "1.2.3"}}))
     files = walk(site)
     shutil.rmtree(site.images / "folder")
-    with Crew(1) as crew:
+    with WorkerPool(1) as crew:
         found = scan(site, files, {}, crew)
     assert len(found.images) == 1
     assert [(f.what, f.reason) for f in found.faults] == [
@@ -229,7 +229,7 @@ def test_records_are_handed_over_as_they_come(tmp_path: Path, monkeypatch: pytes
     site = read_site(make_site(tmp_path, {str(n): {"sop": f"1.2.{n}", "position": (0, 0, n)} for n in range(5)}))
     kept: list[list[str]] = []
     counted: list[tuple[int, int]] = []
-    with Crew(1) as crew:
+    with WorkerPool(1) as crew:
         scan(
             site,
             walk(site),

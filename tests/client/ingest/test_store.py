@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from client.dicom.faults import Fault
-from client.ingest.read_series import Part, PartRow
+from client.ingest.read_series import CachedSeries, PartRow
 from client.ingest.store import (
     ARRAYS,
     HEAD,
@@ -27,12 +27,12 @@ from tests.support.small_sites import contents
 SPLITS = {"patient": "train"}
 
 
-def part(number: int, slices: int = 2) -> Part:
+def part(number: int, slices: int = 2) -> CachedSeries:
     """A series whose pictures hold its number."""
     rows = tuple(PartRow(f"{number}.{n}", 5.25 * n, bool(n), ("uneven", "lossy")[:n], "c0ffee") for n in range(slices))
     shape = (slices, SIDE_PX, SIDE_PX)
     faults = (Fault(f"file {number}", "torn"),)
-    return Part(
+    return CachedSeries(
         f"series-{number}",
         "patient",
         5.25,

@@ -12,10 +12,10 @@ from PIL import Image
 
 from client.ingest import read_series as reading
 from client.ingest import survey as survey_module
-from client.ingest.read_series import Part
+from client.ingest.read_series import CachedSeries
 from client.ingest.scan import walk
 from client.ingest.survey import Survey, fingerprints, read_parts, survey
-from client.ingest.workers import ENDED_ITS_READER, Crew
+from client.ingest.workers import ENDED_ITS_READER, WorkerPool
 from client.masks import match as masks
 from shared.site import Site, read_site
 from tests.support.small_sites import (
@@ -36,7 +36,7 @@ HEADER = "series_uid,sop_uid,hypodensity\n"
 
 def look(file: Path) -> Survey:
     site = read_site(file)
-    with Crew(1) as crew:
+    with WorkerPool(1) as crew:
         return survey(site, walk(site), {}, crew, lambda what, done, total: None)
 
 
@@ -209,9 +209,9 @@ def traps(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return mischief
 
 
-def parts_of(file: Path, workers: int = 1) -> list[Part]:
+def parts_of(file: Path, workers: int = 1) -> list[CachedSeries]:
     found = look(file)
-    with Crew(workers) as crew:
+    with WorkerPool(workers) as crew:
         return list(read_parts(list(found.jobs), crew))
 
 
@@ -269,5 +269,5 @@ def test_parts_come_in_the_order_of_their_jobs(tmp_path: Path) -> None:
     file = make_site(tmp_path, patients(*range(1, 9), slices=1))
     found = look(file)
     jobs = [replace(job) for job in reversed(found.jobs)]
-    with Crew(2) as crew:
+    with WorkerPool(2) as crew:
         assert [part.series for part in read_parts(jobs, crew)] == [job.series.name for job in jobs]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from client.ingest import workers as crew
-from client.ingest.workers import Crew, WorkerEnded, restart_clock
+from client.ingest.workers import WorkerEnded, WorkerPool, restart_clock
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,7 +46,7 @@ def leave_trace(path: Path) -> None:
 
 
 def results(jobs: list, workers: int = 2) -> list:
-    with Crew(workers) as some:
+    with WorkerPool(workers) as some:
         return [r if isinstance(r, int) else type(r) for _, r in some.run(work, jobs)]
 
 
@@ -69,19 +69,19 @@ def wait_until_gone(pids: list[int]) -> bool:
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_results_come_in_the_order_of_the_jobs(workers: int) -> None:
     jobs = list(range(40))
-    with Crew(workers) as some:
+    with WorkerPool(workers) as some:
         assert list(some.run(work, jobs)) == [(n, n * n) for n in jobs]
 
 
 def test_no_process_is_started_before_there_is_a_job() -> None:
-    with Crew(2) as some:
+    with WorkerPool(2) as some:
         assert list(some.run(work, [])) == []
         assert some._pool is None
 
 
 def test_few_jobs_are_under_way_at_a_time(tmp_path: Path) -> None:
     """Results wait in memory until they are taken: with a series each, 2 workers must not run through a hospital."""
-    with Crew(2) as some:
+    with WorkerPool(2) as some:
         running = some.run(leave_trace, [tmp_path / str(n) for n in range(50)])
         next(running)
         time.sleep(0.3)
@@ -110,7 +110,7 @@ def test_several_jobs_that_end_their_process() -> None:
 
 
 def test_a_crew_works_on_after_a_process_ended() -> None:
-    with Crew(2) as some:
+    with WorkerPool(2) as some:
         assert [type(r) for _, r in some.run(work, ["die"])] == [WorkerEnded]
         assert [r for _, r in some.run(work, [2, 3])] == [4, 9]
 
@@ -122,7 +122,7 @@ def test_a_job_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_long_job_that_gets_on_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "PATIENCE_S", 0.2)
-    with Crew(1) as some:
+    with WorkerPool(1) as some:
         assert [r for _, r in some.run(long_but_moving, [0.6])] == [0.6]
 
 
@@ -137,7 +137,7 @@ def test_a_defect_of_the_program_is_not_hidden() -> None:
 
 
 def test_no_process_outlives_the_context() -> None:
-    with Crew(2) as some:
+    with WorkerPool(2) as some:
         list(some.run(work, [1, 2, 3]))
         pids = list(some._pool._processes)
     assert len(pids) == 2
@@ -146,13 +146,13 @@ def test_no_process_outlives_the_context() -> None:
 
 _PARENT = """
 import os, sys, time
-from client.ingest.workers import Crew
+from client.ingest.workers import WorkerPool
 
 def wait(job):
     time.sleep(60)
 
 if __name__ == "__main__":
-    with Crew(2) as some:
+    with WorkerPool(2) as some:
         for job in [1, 2, 3]:
             some._start().submit(wait, job)
         print(*some._pool._processes, flush=True)

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from server.federation import roster
-from server.federation.roster import QuorumError, Session, gather, receive
+from server.federation.roster import QuorumError, RunContext, send_and_receive, wait_for_quorum
 from server.federation.strategy import repeat_round
 from shared.config import FederationSettings
 from shared.refusals import TEXTS, Refusal
@@ -20,7 +20,7 @@ from tests.support.rounds import NAMES, beginning
 def test_replies_come_one_at_a_time_in_order_of_names(two: SmallHospitals) -> None:
     grid = LoopbackGrid([two.files[n] for n in reversed(NAMES)], small_config(), late={1: 3})
     messages = {str(n): Message(RecordDict(), dst_node_id=n, message_type="query.hello") for n in (1, 2)}
-    replies = receive(grid, messages, 30.0)
+    replies = send_and_receive(grid, messages, 30.0)
     name, _ = next(replies)
     assert name == "1"
     assert len(grid.replies) == 1, "the second reply waits in the SuperLink"
@@ -35,7 +35,7 @@ def test_a_hospital_that_was_slow_to_say_who_it_is_takes_part_once_it_has(
     flat = small_config(federation__wait_s=60.0)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat, late={2: 6})
     session, _, _ = beginning(grid, flat, two)
-    assert [member.site for member in gather(session)] == NAMES
+    assert [member.site for member in wait_for_quorum(session)] == NAMES
     assert [message.metadata.dst_node_id for message in grid.asked] == [1, 2], "asked once"
     assert not session.roster.silent
 
@@ -44,19 +44,19 @@ def test_who_lacks_something_takes_part_but_makes_no_quorum(two: SmallHospitals)
     flat = small_config(federation__quorum=1, federation__wait_s=0.0)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
     session, _, _ = beginning(grid, flat, two)
-    one = gather(session, lambda member: "no heads" if member.site == "hospital-02" else "")
+    one = wait_for_quorum(session, lambda member: "no heads" if member.site == "hospital-02" else "")
     assert [member.site for member in one] == NAMES
     with pytest.raises(
         QuorumError, match=r"hospital-02 \(not counted\)[\s\S]*hospital-01: no heads\n  hospital-02: no heads"
     ):
-        gather(session, lambda member: "no heads")
+        wait_for_quorum(session, lambda member: "no heads")
 
 
 def test_a_late_hospital_is_not_asked_again_before_it_answered(two: SmallHospitals) -> None:
     flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=1.0)
     grid = LoopbackGrid([two.files[name] for name in NAMES], flat)
     session, strategy, arrays = beginning(grid, flat, two)
-    gather(session)
+    wait_for_quorum(session)
     grid.late = {2: 12}  # polls: past the deadline, and two more rounds' looks
     first = repeat_round(session, strategy, arrays, 1)
     assert "no reply within 1 s" in first.refused["hospital-02"]
@@ -111,13 +111,13 @@ def test_too_few_hospitals_at_the_start_is_an_error(two: SmallHospitals) -> None
     settings = FederationSettings(quorum=2, wait_s=0.0)
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-05"]], small_config())
     with pytest.raises(QuorumError, match=r"1 training hospitals are connected \(hospital-01\)"):
-        gather(Session(grid, settings, two.root, 1e6))
+        wait_for_quorum(RunContext(grid, settings, two.root, 1e6))
 
 
 def test_a_second_node_of_the_same_name_is_left_out(two: SmallHospitals) -> None:
     grid = LoopbackGrid([two.files["hospital-01"], two.files["hospital-01"]], small_config())
-    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6)
-    members = gather(session)
+    session = RunContext(grid, FederationSettings(quorum=1), two.root, 1e6)
+    members = wait_for_quorum(session)
     assert [m.node_id for m in members] == [1]
     assert "one node per site" in session.roster.refused[2]
 
@@ -126,8 +126,8 @@ def test_a_node_is_the_site_that_its_key_was_registered_for(two: SmallHospitals)
     """Not the one that it says: another hospital would be pushed out, and this one counted as it."""
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
     registered = {1: "hospital-09", 2: "hospital-02"}
-    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6, registered=lambda: registered)
-    assert [m.site for m in gather(session)] == ["hospital-02"]
+    session = RunContext(grid, FederationSettings(quorum=1), two.root, 1e6, registered=lambda: registered)
+    assert [m.site for m in wait_for_quorum(session)] == ["hospital-02"]
     assert session.roster.refused[1] == (
         "hospital-09: says that it is site 'hospital-01', and is registered as 'hospital-09'; 'site' in its site.yaml must be the "
         "name that was invited"
@@ -135,14 +135,14 @@ def test_a_node_is_the_site_that_its_key_was_registered_for(two: SmallHospitals)
     del registered[2]
     session.roster.members.clear()
     with pytest.raises(QuorumError, match=r"node 2: says that it is site 'hospital-02', and is registered as 'none'"):
-        gather(replace(session, settings=FederationSettings(quorum=1, wait_s=0.0)))
+        wait_for_quorum(replace(session, settings=FederationSettings(quorum=1, wait_s=0.0)))
 
 
 def test_a_hospital_that_cannot_open_its_data_is_left_out_with_the_reason(two: SmallHospitals) -> None:
     (two.site("hospital-02").cache / "cache.json").unlink()
     grid = LoopbackGrid([two.files[n] for n in NAMES], small_config())
-    session = Session(grid, FederationSettings(quorum=1), two.root, 1e6)
-    assert [m.site for m in gather(session)] == ["hospital-01"]
+    session = RunContext(grid, FederationSettings(quorum=1), two.root, 1e6)
+    assert [m.site for m in wait_for_quorum(session)] == ["hospital-01"]
     assert TEXTS[Refusal.SITE] in session.roster.refused[2]
 
 

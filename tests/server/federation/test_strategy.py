@@ -9,10 +9,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from client.training.round import build_learner, training_inputs
-from client.training.round import train_round as train_locally
+from client.training.round import run_round as train_locally
 from server.federation.robust import LONGEST, longest_update
-from server.federation.roster import QuorumError, Session, gather
-from server.federation.strategy import repeat_round, train_round
+from server.federation.roster import QuorumError, RunContext, wait_for_quorum
+from server.federation.strategy import repeat_round, run_round
 from server.storage.checkpoint import Moments
 from shared.config import parse_config
 from shared.model.scoring import build_model
@@ -254,8 +254,8 @@ def test_sharing_all_is_refused_by_a_hospital_that_releases_the_encoder_only(two
     config = parse_config(flat)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat)
     arrays = to_arrays(build_model(config.model, 0).state_dict(), ("encoder", "cls", "seg", "rec"))
-    session = Session(grid, config.federation, two.root, longest_update(arrays))
-    result = train_round(session, Moments(), gather(session), arrays, 1)
+    session = RunContext(grid, config.federation, two.root, longest_update(arrays))
+    result = run_round(session, Moments(), wait_for_quorum(session), arrays, 1)
     assert result.refused["hospital-02"] == TEXTS[Refusal.GROUP]
     assert "policy.release" in result.refused["hospital-02"]
     assert torch.is_tensor(torch.from_numpy(result.arrays["cls.weight"]))
@@ -292,7 +292,7 @@ def test_one_hospital_of_three_does_not_end_a_run(two: SmallHospitals, strategy:
     session, moments, arrays = beginning(grid, flat, two)
     longest.append(session.longest)
     for number in range(1, 5):
-        result = train_round(session, moments, gather(session), arrays, number)
+        result = run_round(session, moments, wait_for_quorum(session), arrays, number)
         arrays, moments = result.arrays, result.moments
         assert result.sites.keys() >= set(NAMES)
         assert list(result.refused) == ([] if share else ["hospital-05"])

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shared.model.batches import Batch, epoch_batches, make_batch, make_inputs, read_batch, rescan, turn
+from shared.model.batches import (
+    Batch,
+    augment_pose,
+    augment_scanner,
+    epoch_batches,
+    make_batch,
+    make_inputs,
+    read_batch,
+)
 from shared.slices import SliceCache
 
 BRAIN = ((0.0, 80.0),)
@@ -194,10 +202,10 @@ def test_at_full_size_all_slices_stay_where_they_are() -> None:
 
 def test_another_pose_leaves_an_even_picture_alone() -> None:
     even = torch.full((8, 1, 32, 32), 40.0)
-    turned, mask = turn(even, torch.ones_like(even), seeded(0))
+    turned, mask = augment_pose(even, torch.ones_like(even), seeded(0))
     torch.testing.assert_close(turned, even)
     assert mask.shape == even.shape
-    assert not torch.equal(rescan(even, seeded(0)), even)
+    assert not torch.equal(augment_scanner(even, seeded(0)), even)
 
 
 def test_pose_and_scanner_turn_alike() -> None:
@@ -212,7 +220,7 @@ def test_pose_and_scanner_turn_alike() -> None:
 def test_a_rescan_smooths_and_sharpens_an_edge() -> None:
     edge = torch.zeros(200, 1, 9, 16)
     edge[..., 8:] = 100.0
-    step = (rescan(edge, seeded(4))[:, 0, 4, 8] - rescan(edge, seeded(4))[:, 0, 4, 7]) / 100
+    step = (augment_scanner(edge, seeded(4))[:, 0, 4, 8] - augment_scanner(edge, seeded(4))[:, 0, 4, 7]) / 100
     # The 3 x 3 mean makes the step a third: from 1 - 0.5 x 2/3 to 1 + 0.5 x 2/3, times a gain near 1, and noise.
     assert step.min() < 0.75
     assert step.max() > 1.25
@@ -262,7 +270,7 @@ def test_all_slices_in_another_order_keep_their_labels(side: int) -> None:
 def test_how_far_another_scanner_may_differ() -> None:
     count = 1000
     # Of the same draws: a picture of 0 HU shows cupping, calibration and noise, one of 100 HU the gain besides.
-    zero, hundred = (rescan(torch.full((count, 1, 32, 32), v), seeded(5))[:, 0] for v in (0.0, 100.0))
+    zero, hundred = (augment_scanner(torch.full((count, 1, 32, 32), v), seeded(5))[:, 0] for v in (0.0, 100.0))
     gain = ((hundred - zero) / 100).mean((1, 2))
     torch.testing.assert_close((hundred - zero) / 100, gain[:, None, None].expand(count, 32, 32), rtol=0, atol=1e-4)
     assert gain.mean().item() == pytest.approx(1, abs=0.006)
@@ -285,9 +293,9 @@ def test_how_far_another_scanner_may_differ() -> None:
 
 def test_another_scanner_repeats_with_its_generator() -> None:
     picture = torch.full((4, 1, 16, 16), 40.0)
-    first = rescan(picture, seeded(6))
-    assert torch.equal(first, rescan(picture, seeded(6)))
-    assert not torch.equal(first, rescan(picture, seeded(7)))
+    first = augment_scanner(picture, seeded(6))
+    assert torch.equal(first, augment_scanner(picture, seeded(6)))
+    assert not torch.equal(first, augment_scanner(picture, seeded(7)))
     assert not torch.equal(first[0], first[1])
     assert torch.equal(picture, torch.full((4, 1, 16, 16), 40.0))  # a new tensor came back
 

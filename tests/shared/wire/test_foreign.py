@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.wire.foreign import LONGEST_TEXT, ForeignError, read_array, shown, shown_names
-from shared.wire.records import METRICS, UpdateError, from_record, part_of, read_metrics, tally_from_record
+from shared.wire.records import METRICS, UpdateError, from_record, read_metrics, tally_from_record, typed_record
 
 SHAPE = (2, 3)
 VALUE = np.arange(6, dtype=np.float32).reshape(SHAPE) / 7
@@ -168,7 +168,7 @@ def test_a_part_of_another_kind_is_refused(name: str, kind: type) -> None:
     other = MetricRecord if kind is not MetricRecord else ConfigRecord
     for content in (RecordDict(), RecordDict({name: other()})):
         with pytest.raises(UpdateError, match=kind.__name__):
-            part_of(content, name, kind)
+            typed_record(content, name, kind)
 
 
 def test_a_million_names_are_counted_and_three_are_told() -> None:
