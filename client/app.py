@@ -30,13 +30,13 @@ from client.boundary.policy import (
     admit,
     metrics_refusal,
 )
-from client.boundary.this_site import find_site, simulated
+from client.boundary.this_site import this_node
 from client.boundary.way_out import way_out
 from client.training.evaluate import counted_patients, evaluate_model, initial_model, patients_in
 from client.training.local_state import LocalState, make_room
 from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from client.training.round_numbers import RoundNumbers, coarse_losses, keep_numbers, open_round
-from shared.config import RunConfig, parse_config
+from shared.config import RunConfig
 from shared.groups import groups_shared
 from shared.model.scoring import best_device, score_slices
 from shared.refusals import Refusal
@@ -64,7 +64,7 @@ app = ClientApp(mods=[way_out])
 def hello(message: Message, context: Context) -> Message:
     """Who are you? Out go the site's public name, role and released groups and, if the policy allows, three counts."""
     no_order(message.content)
-    site = find_site(context)
+    site = this_node().site
     facts = {
         "site": site.name,
         "role": site.role,
@@ -77,7 +77,7 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train a round. Out go the shared tensors and, once for each round and if the policy allows, losses and counts of scores."""
-    site, config, cache = _opened(context)
+    site, config, cache = _opened()
     order = train_order(message.content, config)
     _check_role(site)
     inputs = training_inputs(cache, config, site.name)
@@ -156,7 +156,7 @@ def _between_epochs(site: Site, config: RunConfig, line: str) -> None:
 @app.query("heads")
 def heads(message: Message, context: Context) -> Message:
     """Give your heads. Out go the tensors of the groups asked for; the policy decides whether they may."""
-    site, config, _ = _opened(context)
+    site, config, _ = _opened()
     order = heads_order(message.content)
     learner, _, trained = _local_learner(site, config, order.run)
     if not trained:
@@ -169,13 +169,13 @@ def heads(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test a model of the run on your validation and test splits. Out go coarse counts of scores, if the policy allows."""
-    site, config, cache = _opened(context)
+    site, config, cache = _opened()
     order = evaluation_order(message.content, config)
     _check_role(site)
 
     def draws(split: str) -> np.random.Generator:
         """Fresh draws, which no other request shares; of a simulated hospital the same in each simulation of a seed."""
-        if not simulated(context):
+        if not this_node().simulated:
             return np.random.default_rng()
         return np.random.default_rng([*site.key()[:8], round_seed(config.run.seed, split, 0)])
 
@@ -191,10 +191,10 @@ def evaluate(message: Message, context: Context) -> Message:
     )
 
 
-def _opened(context: Context) -> tuple[Site, RunConfig, SliceCache]:
+def _opened() -> tuple[Site, RunConfig, SliceCache]:
     """Site, config and cache of this node."""
-    site = find_site(context)
-    return site, parse_config(context.run_config), read_cache(site.cache)
+    node = this_node()
+    return node.site, node.config, read_cache(node.site.cache)
 
 
 def _local_learner(

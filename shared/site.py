@@ -35,7 +35,6 @@ class Site:
       cache: slice cache, written by ingest, safe to delete.
       state: keys and local heads; not safe to delete while a run goes on.
       policy: what may leave.
-      lent_key: a key to use in place of the one in `state`, for a look that writes nothing.
     """
 
     name: str
@@ -48,12 +47,9 @@ class Site:
     segments: tuple[str | int, ...] = ()
     accept_lossy: bool = False
     policy: Policy = field(default_factory=Policy)
-    lent_key: bytes | None = field(default=None, repr=False)
 
     def key(self) -> bytes:
         """The hospital's secret of 32 bytes, made at first use; patients' hashes depend on it. Never leaves."""
-        if self.lent_key is not None:
-            return self.lent_key
         path = self.state / "key"
         if not path.is_file():
             self.state.mkdir(parents=True, exist_ok=True)

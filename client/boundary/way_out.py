@@ -16,11 +16,10 @@ from client.boundary.audit import AuditError, contents, known_items, printable, 
 from client.boundary.daily import MOST_A_DAY, QUESTIONS, count_question, list_refusal
 from client.boundary.orders import ORDER_KEYS
 from client.boundary.policy import FACTS, PolicyError, admit, enforce
-from client.boundary.this_site import find_site, simulated
-from shared.config import ConfigError, RunConfig, Scalar, parse_config
+from client.boundary.this_site import Node, opened
+from shared.config import ConfigError, RunConfig, Scalar
 from shared.metrics import MetricsError
 from shared.refusals import TEXTS, Refusal, Refused
-from shared.site import Site
 from shared.site_file import SiteError
 from shared.slices import CacheError
 from shared.wire.records import UpdateError
@@ -46,14 +45,22 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
     A handler that returned nothing or a reply that could not be made would block the hospital's Flower node for all
     later runs, so there is a reply in every case.
     """
+    with opened(context) as node:
+        return _checked(message, context, node, call_next)
+
+
+def _checked(
+    message: Message, context: Context, node: Node, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """A reply, or a refusal."""
     site = number = None
     try:
-        site = find_site(context)
-        number = _admit_question(site, message, context)
+        site = node.site
+        number = _admit_question(node, message)
         if number is not None and number > MOST_A_DAY:
             raise PolicyError(f"site {site.name!r} answers {MOST_A_DAY} {message.metadata.message_type} a day")
         if message.metadata.message_type != HELLO:
-            admit(site, parse_config(context.run_config), now=datetime.now())
+            admit(site, node.config, now=datetime.now())
         reply = call_next(message, context)
         enforce(site, reply.content)
         asked = _asked(message, context)
@@ -73,13 +80,13 @@ def way_out(message: Message, context: Context, call_next: Callable[[Message, Co
         except AuditError as error:
             log.error("%s", printable(str(error)))
     # The one place where it is decided: a researcher who simulates sees the detail, a centre the fixed text.
-    return Message(Error(int(code), detail if simulated(context) else TEXTS[code]), reply_to=message)
+    return Message(Error(int(code), detail if node.simulated else TEXTS[code]), reply_to=message)
 
 
-def _admit_question(site: Site, message: Message, context: Context) -> int | None:
+def _admit_question(node: Node, message: Message) -> int | None:
     """The number of a question among those of its kind and day; None of what is no question, or asked in a simulation."""
     kind = message.metadata.message_type
-    return count_question(site.state, kind) if kind in QUESTIONS and not simulated(context) else None
+    return count_question(node.site.state, kind) if kind in QUESTIONS and not node.simulated else None
 
 
 def _asked(message: Message, context: Context) -> dict[str, object]:

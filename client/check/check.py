@@ -25,6 +25,7 @@ from client.check.found import Found
 from client.check.problems import problems
 from client.dicom.faults import Fault, by_reason
 from client.dicom.hounsfield import BINS
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import Choice, CtSeries, describe, sharpness
 from client.ingest.label_table import LabelError
 from client.ingest.labels import splits_of
@@ -106,13 +107,13 @@ class Check:
         return json.dumps(content, indent=1) + "\n"
 
 
-def with_key(site: Site) -> Site:
-    """A site whose hashes can be made without writing: with its own key or, before the first ingest, one of its folder.
+def pseudonyms_of(site: Site) -> tuple[Pseudonyms, bool]:
+    """A hospital's pseudonyms without writing, and whether they are temporary: before the first ingest there is no key.
 
-    The folder's key is the hash of every path, size and time in it: whoever has the folder gets the same, nobody else.
+    The key is then the hash of every path, size and time in the folder: whoever has the folder gets the same, nobody else.
     """
     if (site.state / "key").is_file():
-        return site
+        return Pseudonyms(site.key()), False
     digest = hashlib.sha256()
     for root in filter(None, (site.images, site.masks)):
         for place, folders, files in os.walk(root):
@@ -123,7 +124,7 @@ def with_key(site: Site) -> Site:
                     stat = os.lstat(os.path.join(place, name))
                     stamp = f" {stat.st_size} {stat.st_mtime_ns}"
                 digest.update(f"{place}/{name}{stamp}\n".encode())
-    return replace(site, lent_key=digest.digest())
+    return Pseudonyms(digest.digest()), True
 
 
 def check(site: Site, workers: int | None, progress: Progress) -> Check:
@@ -134,18 +135,18 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
       workers: processes; by default one per core.
       progress: told "headers" or "series", how many are done, and how many there are.
     """
-    lent = with_key(site)
-    files = walk(lent)
+    pseudonyms, temporary = pseudonyms_of(site)
+    files = walk(site, pseudonyms)
     parts: list[CachedSeries] = []
     pictures: dict[str, Picture] = {}
     heads: dict[str, NDArray[np.int64]] = {}
     edges: dict[str, float] = {}
     with WorkerPool(workers) as crew:
         try:
-            found = survey(lent, files, {}, crew, progress)
+            found = survey(site, pseudonyms, files, {}, crew, progress)
             trouble = []
         except LabelError as error:  # look at the rest without labels
-            found = survey(replace(lent, labels=None), files, {}, crew, progress)
+            found = survey(replace(site, labels=None), pseudonyms, files, {}, crew, progress)
             trouble = [str(error)]
         shown = {found.jobs[i].series.name for i in _evenly(len(found.jobs), MOST_PICTURES)}
         for done, part in enumerate(read_parts(list(found.jobs), crew), start=1):
@@ -160,7 +161,9 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
         for one, hu_YX in crew.run(middle_slice, [refused[i] for i in _evenly(len(refused), MOST_REFUSED)]):
             if isinstance(hu_YX, np.ndarray):
                 pictures[one.name] = Picture(f"left out {one.name[:8]}", hu_YX, np.zeros(hu_YX.shape, np.uint8), True)
-    return _conclude(lent, len(files), found, parts, heads, edges, tuple(pictures.values()), trouble)
+    return _conclude(
+        site, pseudonyms, temporary, len(files), found, parts, heads, edges, tuple(pictures.values()), trouble
+    )
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -183,6 +186,8 @@ def _picture(part: CachedSeries, found: Survey) -> Picture:
 
 def _conclude(
     site: Site,
+    pseudonyms: Pseudonyms,
+    temporary: bool,
     files: int,
     survey: Survey,
     parts: list[CachedSeries],
@@ -192,7 +197,6 @@ def _conclude(
     trouble: list[str],
 ) -> Check:
     """Counts, tables and problems of what was read."""
-    temporary = site.lent_key is not None
     used = [part for part in parts if part.rows]
     series = {one.name: one for one in survey.series()}
     splits = splits_of(site, {part.patient for part in used}, keep=False)
@@ -200,7 +204,9 @@ def _conclude(
     tallies = [tally for part in parts for tally in part.tallies]
     labelled, histograms, by_split = _sums(used, survey, series, splits)
     known = {} if temporary and site.role == "train" else splits
-    found = problems(Found(site, survey, used, heads, edges, series, faults, tallies, known, labelled), trouble)
+    found = problems(
+        Found(site, pseudonyms, survey, used, heads, edges, series, faults, tallies, known, labelled), trouble
+    )
     counts = {"files": files} | _counts(used, labelled)
     return Check(
         site=site.name,

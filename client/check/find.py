@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from client.check.check import with_key
-from client.dicom.elements import identifier, pseudonym, read_dicom
+from client.check.check import pseudonyms_of
+from client.dicom.elements import identifier, read_dicom
 from client.dicom.faults import DicomError
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.scan import FoundFile, walk
 from shared.site import Site
 
@@ -26,18 +27,20 @@ def find(site: Site, codes: Sequence[str]) -> Iterator[tuple[str, str]]:
     Yields:
       Code, and what it is: identifiers and paths, not for any file or log.
     """
-    lent = with_key(site)
-    files = walk(lent)
+    pseudonyms, _ = pseudonyms_of(site)
+    files = walk(site, pseudonyms)
     open_codes = {code.partition(".")[0].strip(",") for code in codes}
     for f in files:
         for code in _meant(f.code, open_codes):
             open_codes.discard(code)
             yield code, str(f.path)
     if open_codes:
-        yield from _find_in_headers(files, lent.key(), open_codes)
+        yield from _find_in_headers(files, pseudonyms, open_codes)
 
 
-def _find_in_headers(files: Sequence[FoundFile], key: bytes, open_codes: set[str]) -> Iterator[tuple[str, str]]:
+def _find_in_headers(
+    files: Sequence[FoundFile], pseudonyms: Pseudonyms, open_codes: set[str]
+) -> Iterator[tuple[str, str]]:
     """Codes of what stands in the files; reads headers until every code is found."""
     for f in files:
         if f.refused or not open_codes:
@@ -50,7 +53,7 @@ def _find_in_headers(files: Sequence[FoundFile], key: bytes, open_codes: set[str
         except Exception:
             continue
         for kind, value in values.items():
-            name = pseudonym(key, kind, value)
+            name = pseudonyms.of(kind, value)
             for code in _meant(name, open_codes):
                 open_codes.discard(code)
                 where = "" if kind == "patient" else f", PatientID {values['patient']}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.dicom.faults import Fault
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.ingest.read_series import CachedSeries
 from client.ingest.survey import Survey
@@ -24,6 +25,7 @@ class Found:
 
     Attributes:
       site: whose.
+      pseudonyms: the hospital's, or temporary ones.
       survey: headers and decisions.
       used: parts with slices; masks are int64 (N,), pixels of hematoma.
       heads: series name -> int64 (N,), pixels of head.
@@ -36,6 +38,7 @@ class Found:
     """
 
     site: Site
+    pseudonyms: Pseudonyms
     survey: Survey
     used: Sequence[CachedSeries]
     heads: Mapping[str, NDArray[np.int64]]

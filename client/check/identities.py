@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 from client.check.found import WHO, Found
-from client.dicom.elements import pseudonym
 
 SINGLE_SLICES = 3  # series of one slice in one patient
 FEW_PATIENTS = 5  # from here on it is worth asking why most have one slice
@@ -53,13 +52,13 @@ def identities(found: Found) -> list[str]:
     """Identifiers that an anonymiser made equal, or gave to every slice."""
     if not found.used:
         return []
-    problems, key = [], found.site.key()
+    problems, pseudonyms = [], found.pseudonyms
     slices = [found.series[part.series].slices[0] for part in found.used]
     studies: dict[str, set[str]] = defaultdict(set)
     for one in slices:
         studies[one.patient].add(one.study)
     words = {
-        pseudonym(key, "patient", word): word for base in PLACEHOLDERS for word in {base, base.lower(), base.title()}
+        pseudonyms.of("patient", word): word for base in PLACEHOLDERS for word in {base, base.lower(), base.title()}
     }
     for patient in sorted(studies.keys() & words.keys()):
         if len(studies[patient]) > 1:

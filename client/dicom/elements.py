@@ -1,4 +1,4 @@
-"""DICOM elements: files opened with care, values as plain text and numbers, identifiers as keyed hashes.
+"""DICOM elements: files opened with care, values as plain text and numbers.
 
 pydicom decodes an element when it is asked for; for some 30 elements of each of 100,000 files its conversions cost more
 than the rest of an ingest, so plain ASCII and 16-bit values are taken from the raw elements here. Everything stays in
@@ -7,7 +7,6 @@ the hospital.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import math
 import re
@@ -30,11 +29,6 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, UID_dictionary
 from client.dicom.faults import DicomError
 
 MOST_INFLATED_BYTES = 1 << 29  # a deflated file is inflated in memory
-
-
-def pseudonym(key: bytes, kind: str, identifier: str) -> str:
-    """Keyed hash of an identifier, 16 hexadecimal digits; not to be undone without the hospital's key."""
-    return hmac.digest(key, f"{kind}/{identifier}".encode(), "sha256").hex()[:16]
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from client.dicom.elements import (
     identifier,
     numbers,
     optional_number,
-    pseudonym,
     read_dicom,
     text,
     texts,
     word,
 )
 from client.dicom.faults import DicomError
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.refusals import check_image_type, check_kind, check_pixels, check_plane, check_syntax, storage
 
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
@@ -140,21 +140,23 @@ def normal_of(row: Vector, column: Vector) -> Vector:
     )
 
 
-def read_images(path: Path, key: bytes, accept_lossy: bool = False, code: str = "") -> tuple[CtSlice, ...]:
+def read_images(path: Path, pseudonyms: Pseudonyms, accept_lossy: bool = False, code: str = "") -> tuple[CtSlice, ...]:
     """The CT images of one file: one, or every frame of a multi-frame image.
 
     Args:
       path: a DICOM file.
       code: what messages call the file.
-      key: the hospital's secret for keyed hashes.
+      pseudonyms: the hospital's.
       accept_lossy: whether lossy images pass, marked.
     Raises:
       DicomError: not DICOM, not an axial CT image, damaged, or a tag is missing, malformed or contradicts the file.
     """
-    return images_of(read_dicom(path), path, key, accept_lossy, code)
+    return images_of(read_dicom(path), path, pseudonyms, accept_lossy, code)
 
 
-def images_of(file: DicomFile, path: Path, key: bytes, accept_lossy: bool, code: str) -> tuple[CtSlice, ...]:
+def images_of(
+    file: DicomFile, path: Path, pseudonyms: Pseudonyms, accept_lossy: bool, code: str
+) -> tuple[CtSlice, ...]:
     """read_images for a file that is open already."""
     ds = file.ds
     try:
@@ -167,7 +169,7 @@ def images_of(file: DicomFile, path: Path, key: bytes, accept_lossy: bool, code:
         lossy = check_syntax(ds, accept_lossy)
         stored = storage(ds, len(groups)) | {"lossy": lossy, "file": code}
         check_pixels(file, path, stored)
-        return tuple(_slice(file, path, number, group, key, stored) for number, group in enumerate(groups))
+        return tuple(_slice(file, path, number, group, pseudonyms, stored) for number, group in enumerate(groups))
     except DicomError:
         raise
     except Exception as error:  # pydicom decodes when asked, and fails in many ways
@@ -212,7 +214,7 @@ def _check_names(names: Mapping[str, str]) -> None:
 
 
 def _slice(
-    file: DicomFile, path: Path, number: int, group: pydicom.Dataset, key: bytes, stored: Mapping[str, Any]
+    file: DicomFile, path: Path, number: int, group: pydicom.Dataset, pseudonyms: Pseudonyms, stored: Mapping[str, Any]
 ) -> CtSlice:
     """One image; `group` is the file's dataset or what a multi-frame image says of this frame."""
     ds = file.ds
@@ -231,17 +233,17 @@ def _slice(
             f"RescaleSlope {slope:g}, RescaleIntercept {intercept:g}; expected what makes HU, as 1 and -1024: export it again"
         )
     space = text(ds, "FrameOfReferenceUID")
-    instance = pseudonym(key, "image", names["SOPInstanceUID"])
+    instance = pseudonyms.of("image", names["SOPInstanceUID"])
     maker, model = text(ds, "Manufacturer"), text(ds, "ManufacturerModelName")
     person = f"{text(ds, 'PatientBirthDate')}|{text(ds, 'PatientSex')}"
     return CtSlice(
         path=path,
         frame=number,
         image=instance if stored["frames"] == 1 else f"{instance}.{number + 1}",
-        series=pseudonym(key, "series", names["SeriesInstanceUID"]),
-        study=pseudonym(key, "study", names["StudyInstanceUID"]),
-        patient=pseudonym(key, "patient", names["PatientID"]),
-        space=pseudonym(key, "space", space) if space else "",
+        series=pseudonyms.of("series", names["SeriesInstanceUID"]),
+        study=pseudonyms.of("study", names["StudyInstanceUID"]),
+        patient=pseudonyms.of("patient", names["PatientID"]),
+        space=pseudonyms.of("space", space) if space else "",
         spacing_mm=spacing,
         position_mm=numbers(group, "ImagePositionPatient", 3),
         row_direction=along[:3],
@@ -258,6 +260,6 @@ def _slice(
         contrast=not _NO_AGENT.fullmatch(text(ds, "ContrastBolusAgent")),
         derived=text(ds, "ImageType").upper() == "DERIVED",
         bone=bool(_BONE.search(text(ds, "SeriesDescription"))),
-        person=pseudonym(key, "person", person) if person.strip("|") else "",
+        person=pseudonyms.of("person", person) if person.strip("|") else "",
         **stored,
     )

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from client.dicom.elements import pseudonym
 from client.dicom.faults import Fault, by_reason
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.label_table import LabelError, table_digest
 from client.ingest.labels import SPLIT_SHARES, splits_of
 from client.ingest.records import append_records, read_records, write_records
@@ -88,15 +88,16 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
         ingest of this site at work, a full disk, or a folder that may not be written.
     """
     try:
+        pseudonyms = Pseudonyms(site.key())  # makes the state folder
         with _alone(site):
             _check_cache(site)
             swap_in(site.cache)  # what a killed ingest had finished
-            files = walk(site)
-            manifest = _manifest(site, files)
+            files = walk(site, pseudonyms)
+            manifest = _manifest(site, pseudonyms, files)
             report = _current_report(site, manifest, len(files))
             if not report:
                 with WorkerPool(workers) as crew:
-                    report = _write(site, files, manifest, crew, progress)
+                    report = _write(site, pseudonyms, files, manifest, crew, progress)
             remove_leftovers(site.cache)
             return report
     except LabelError as error:
@@ -108,17 +109,21 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
         ) from error
 
 
-def _write(site: Site, files: list[FoundFile], manifest: str, crew: WorkerPool, progress: Progress) -> IngestReport:
+def _write(
+    site: Site, pseudonyms: Pseudonyms, files: list[FoundFile], manifest: str, crew: WorkerPool, progress: Progress
+) -> IngestReport:
     """Read what is new, copy what is not, and put the new cache in place."""
     partial = PartialCache(site.cache)
     partial.folder.mkdir(parents=True, exist_ok=True)
     records = partial.folder / RECORDS
-    begun = read_records(records, site)
+    begun = read_records(records, site, pseudonyms)
     if not begun:
         records.unlink(missing_ok=True)
-    known = read_records(site.cache / RECORDS, site) | begun
-    found = survey(site, files, known, crew, progress, lambda pairs: append_records(records, site, pairs))
-    write_records(records, site, found.scan.files)
+    known = read_records(site.cache / RECORDS, site, pseudonyms) | begun
+    found = survey(
+        site, pseudonyms, files, known, crew, progress, lambda pairs: append_records(records, site, pseudonyms, pairs)
+    )
+    write_records(records, site, pseudonyms, found.scan.files)
     if not found.jobs:
         raise IngestError(
             f"site {site.name!r}: no usable CT series in {site.images} ({len(files)} files{_reasons(found.faults)}); "
@@ -186,7 +191,6 @@ def _report(found: Survey, parts: list[StoredSeries], files: int, read: int, fau
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
     """Hold the site's lock; it is let go when the process ends, however it ends."""
-    site.key()  # makes the state folder
     with open(site.state / "ingest.lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by worker processes
@@ -206,7 +210,7 @@ def _check_cache(site: Site) -> None:
             )
 
 
-def _manifest(site: Site, files: list[FoundFile]) -> str:
+def _manifest(site: Site, pseudonyms: Pseudonyms, files: list[FoundFile]) -> str:
     """Hash of what the cache is made from: files, labels, the site's settings and this reader's versions."""
     settings = {
         "versions": [FORMAT_VERSION, READER_VERSION, PART_VERSION],
@@ -216,7 +220,7 @@ def _manifest(site: Site, files: list[FoundFile]) -> str:
         "role": site.role,
         "segments": site.segments,
         "accept_lossy": site.accept_lossy,
-        "key": pseudonym(site.key(), "key", ""),
+        "key": pseudonyms.of_key(),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.dicom.elements import pseudonym
+from client.dicom.pseudonyms import Pseudonyms
 from shared.errors import HemafedError
 from shared.site import Site
 
@@ -47,7 +47,7 @@ class LabelRow:
     value: str
 
 
-def read_labels(site: Site) -> list[LabelRow]:
+def read_labels(site: Site, pseudonyms: Pseudonyms) -> list[LabelRow]:
     """The label table, a CSV with columns series_uid, sop_uid or slice_index, and hypodensity; others are ignored.
 
     Lines that say nothing at all are passed over: spreadsheets end with them.
@@ -66,7 +66,7 @@ def read_labels(site: Site) -> list[LabelRow]:
         raise LabelError(
             f"{site.labels.name} has a column twice; expected each of {', '.join(COLUMNS)} once: remove one"
         )
-    key, rows, wrong = site.key(), [], []
+    rows, wrong = [], []
     for line, row in table:
         uid, where, value = ((row[column] or "").strip() for column in ("series_uid", place, "hypodensity"))
         if not (uid or where or value):
@@ -75,9 +75,9 @@ def read_labels(site: Site) -> list[LabelRow]:
         if reason:
             wrong.append(f"line {line}: {reason}")
             continue
-        instance = pseudonym(key, "image", where) if place == "sop_uid" else ""
+        instance = pseudonyms.of("image", where) if place == "sop_uid" else ""
         index = int(where) if place == "slice_index" else -1
-        rows.append(LabelRow(line, pseudonym(key, "series", uid), instance, index, value))
+        rows.append(LabelRow(line, pseudonyms.of("series", uid), instance, index, value))
     if wrong:
         raise LabelError(f"{site.labels.name} cannot be read:\n  {some(wrong)}\ncorrect these lines")
     return rows

@@ -20,6 +20,7 @@ from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice
 from client.dicom.hounsfield import BINS, histogram, implausible, without_air
 from client.dicom.pixels import AIR_HU, clamp_hu, read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.ingest.resample import head_centre, resample, touches_edge, upright_grid
 from client.ingest.workers import restart_clock
@@ -38,13 +39,13 @@ class SeriesJob:
 
     Attributes:
       series, masks: the images and the mask files that belong to them.
-      key: the hospital's secret, to recognise images that masks refer to.
+      pseudonyms: the hospital's, to recognise images that masks refer to.
       segments: site.yaml's data.segment.
     """
 
     series: CtSeries
     masks: tuple[MaskFile, ...]
-    key: bytes
+    pseudonyms: Pseudonyms
     segments: tuple[str | int, ...]
 
 
@@ -122,7 +123,7 @@ def read_part(job: SeriesJob) -> CachedSeries:
 def _read_part(job: SeriesJob) -> CachedSeries:
     """read_part, for what is foreseen."""
     series = job.series
-    found = read_masks(job.masks, series, job.key, job.segments, restart_clock)
+    found = read_masks(job.masks, series, job.pseudonyms, job.segments, restart_clock)
     faults = list(found.faults)
     held = _held(series, faults)
     measured = [(s, held[s.image]) for s in series.slices if held.get(s.image) is not None]

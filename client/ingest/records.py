@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from client.dicom.elements import pseudonym
 from client.dicom.headers import CtSlice
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.scan import READER_VERSION, FileRecord, FoundFile
 from client.masks.match import MaskFile
 from shared.site import Site
@@ -23,24 +23,28 @@ _SLICE_FIELDS = [f.name for f in fields(CtSlice) if f.name != "path"]
 _MASK_FIELDS = [f.name for f in fields(MaskFile) if f.name != "path"]
 
 
-def write_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> None:
+def write_records(
+    path: Path, site: Site, pseudonyms: Pseudonyms, pairs: Iterable[tuple[FoundFile, FileRecord]]
+) -> None:
     """Keep the records of all files, in place of those that are kept."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(_maker(site)))
+        file.write(json.dumps(_maker(pseudonyms)))
         file.writelines(_lines(site, pairs))
     os.replace(partial, path)
 
 
-def append_records(path: Path, site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> None:
+def append_records(
+    path: Path, site: Site, pseudonyms: Pseudonyms, pairs: Iterable[tuple[FoundFile, FileRecord]]
+) -> None:
     """Add records as they are read, so that a stop loses few; of two lines on one file the later counts."""
     with open(path, "a", encoding="utf-8") as file:
         if not file.tell():
-            file.write(json.dumps(_maker(site)))
+            file.write(json.dumps(_maker(pseudonyms)))
         file.writelines(_lines(site, pairs))
 
 
-def read_records(path: Path, site: Site) -> dict[str, tuple[str, FileRecord]]:
+def read_records(path: Path, site: Site, pseudonyms: Pseudonyms) -> dict[str, tuple[str, FileRecord]]:
     """Code -> stamp and record, as they were kept; paths are put back by scan. {} if made by another reader or key.
 
     Where site.yaml's accept_lossy has changed, what it may decide is not among them: lossy images, and files left out.
@@ -48,7 +52,7 @@ def read_records(path: Path, site: Site) -> dict[str, tuple[str, FileRecord]]:
     known: dict[str, tuple[str, FileRecord]] = {}
     try:
         with open(path, encoding="utf-8") as file:
-            if json.loads(file.readline()) != _maker(site):
+            if json.loads(file.readline()) != _maker(pseudonyms):
                 return {}
             for line in file:
                 code, stamp, accept_lossy, record = _parsed(line)
@@ -60,9 +64,9 @@ def read_records(path: Path, site: Site) -> dict[str, tuple[str, FileRecord]]:
     return known
 
 
-def _maker(site: Site) -> list[Any]:
+def _maker(pseudonyms: Pseudonyms) -> list[Any]:
     """What every record depends on beside its file."""
-    return [READER_VERSION, pseudonym(site.key(), "key", "")]
+    return [READER_VERSION, pseudonyms.of_key()]
 
 
 def _lines(site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> Iterator[str]:

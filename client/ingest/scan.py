@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.dicom.elements import pseudonym, read_dicom
+from client.dicom.elements import read_dicom
 from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import CtSlice, images_of
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.workers import ENDED_ITS_READER, WorkerPool
 from client.masks.match import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask
 from shared.site import Site
@@ -80,27 +81,26 @@ class Scan:
     faults: list[Fault]
 
 
-def walk(site: Site) -> list[FoundFile]:
+def walk(site: Site, pseudonyms: Pseudonyms) -> list[FoundFile]:
     """Every file of a hospital's images and masks, in order of its path.
 
     A masks folder inside the images folder, the same one, or around it is walked once. Links, hidden files, special
     files, and files and folders that may not be opened are in the list, refused: nothing is passed over silently but the
     label table and what ingest itself wrote.
     """
-    key = site.key()
     own = {str(site.state), str(site.labels), *(f"{site.cache}{suffix}" for suffix in ("", ".partial", ".old"))}
-    found = list(_walk(site.images, "images", key, own))
+    found = list(_walk(site.images, "images", pseudonyms, own))
     if site.masks is not None and not site.masks.is_relative_to(site.images):
-        found += _walk(site.masks, "masks", key, own | {str(site.images)})
+        found += _walk(site.masks, "masks", pseudonyms, own | {str(site.images)})
     return found
 
 
-def _walk(root: Path, place: str, key: bytes, own: set[str]) -> Iterator[FoundFile]:
+def _walk(root: Path, place: str, pseudonyms: Pseudonyms, own: set[str]) -> Iterator[FoundFile]:
     """One folder and those below it, depth first, without the site's own."""
 
     def entry(path: str, stamp: str, refused: str = "") -> FoundFile:
         name = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")  # names may be in Latin-1
-        return FoundFile(Path(path), pseudonym(key, "file", f"{place}/{name}"), place, stamp, refused)
+        return FoundFile(Path(path), pseudonyms.of("file", f"{place}/{name}"), place, stamp, refused)
 
     folders = [str(root)]
     while folders:
@@ -162,6 +162,7 @@ def manifest_of(files: Iterable[FoundFile]) -> str:
 
 def scan(
     site: Site,
+    pseudonyms: Pseudonyms,
     files: list[FoundFile],
     known: Mapping[str, tuple[str, FileRecord]],
     crew: WorkerPool,
@@ -172,18 +173,18 @@ def scan(
 
     Args:
       site: whose folders were walked.
+      pseudonyms: the hospital's.
       files: from walk.
       known: code -> stamp and record of the last ingest.
       crew: processes that read.
       progress: told files read and files to read.
       keep: given the new records as they come, for an ingest that may be stopped.
     """
-    key = site.key()
     fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
-    chunks = [(fresh[i : i + _CHUNK], key, site.accept_lossy) for i in range(0, len(fresh), _CHUNK)]
+    chunks = [(fresh[i : i + _CHUNK], pseudonyms, site.accept_lossy) for i in range(0, len(fresh), _CHUNK)]
     records: dict[str, FileRecord] = {}
     for (chunk, *_), result in crew.run(_scan_chunk, chunks):
-        read = result if isinstance(result, list) else _one_by_one(crew, chunk, key, site.accept_lossy)
+        read = result if isinstance(result, list) else _one_by_one(crew, chunk, pseudonyms, site.accept_lossy)
         records.update({f.code: record for f, record in zip(chunk, read, strict=True)})
         keep(list(zip(chunk, read, strict=True)))
         progress(len(records), len(fresh))
@@ -194,20 +195,22 @@ def scan(
     return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
 
 
-def _scan_chunk(job: tuple[list[FoundFile], bytes, bool]) -> list[FileRecord]:
+def _scan_chunk(job: tuple[list[FoundFile], Pseudonyms, bool]) -> list[FileRecord]:
     """Records of some files; runs in a worker."""
-    files, key, accept_lossy = job
-    return [scan_file(f, key, accept_lossy) for f in files]
+    files, pseudonyms, accept_lossy = job
+    return [scan_file(f, pseudonyms, accept_lossy) for f in files]
 
 
-def _one_by_one(crew: WorkerPool, chunk: list[FoundFile], key: bytes, accept_lossy: bool) -> list[FileRecord]:
+def _one_by_one(
+    crew: WorkerPool, chunk: list[FoundFile], pseudonyms: Pseudonyms, accept_lossy: bool
+) -> list[FileRecord]:
     """Records of files one of which ended its reader."""
-    jobs = [([f], key, accept_lossy) for f in chunk]
+    jobs = [([f], pseudonyms, accept_lossy) for f in chunk]
     results = [result for _, result in crew.run(_scan_chunk, jobs)]
     return [r[0] if isinstance(r, list) else FileRecord(fault=ENDED_ITS_READER) for r in results]
 
 
-def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> FileRecord:
+def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool) -> FileRecord:
     """What one file is."""
     try:
         with open(found.path, "rb") as file:
@@ -215,15 +218,15 @@ def scan_file(found: FoundFile, key: bytes, accept_lossy: bool) -> FileRecord:
         if not head:
             raise DicomError("an empty file")
         if is_picture(found.path, head):
-            return FileRecord(mask=picture_mask(found.path, head, key, found.code))
+            return FileRecord(mask=picture_mask(found.path, head, pseudonyms, found.code))
         if head[128:] != b"DICM" and other_format(found.path):
             raise DicomError(
                 f"a {other_format(found.path)} file, which is not read; save the mask as DICOM SEG or NIfTI"
             )
         dicom = read_dicom(found.path)
         if is_mask(dicom) or found.place == "masks":
-            return FileRecord(mask=dicom_mask(dicom, found.path, key, found.code))
-        return FileRecord(images=images_of(dicom, found.path, key, accept_lossy, found.code))
+            return FileRecord(mask=dicom_mask(dicom, found.path, pseudonyms, found.code))
+        return FileRecord(images=images_of(dicom, found.path, pseudonyms, accept_lossy, found.code))
     except DicomError as error:
         return FileRecord(fault=str(error))
     except OSError as error:

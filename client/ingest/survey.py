@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from client.dicom.faults import Fault
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import Choice, CtSeries, build_series, choose
 from client.ingest.label_table import read_labels
 from client.ingest.labels import annotated_series, match_labels
@@ -55,6 +56,7 @@ class Survey:
 
 def survey(
     site: Site,
+    pseudonyms: Pseudonyms,
     files: list[FoundFile],
     known: Mapping[str, tuple[str, FileRecord]],
     crew: WorkerPool,
@@ -65,21 +67,21 @@ def survey(
 
     Args:
       site: whose.
+      pseudonyms: the hospital's.
       files, known, crew, keep: as scan takes them.
       progress: told "headers", how many files are read, and how many there are to read.
     Raises:
       LabelError: the label table cannot be used.
     """
-    rows = read_labels(site)  # before the long part: a table's faults are soon mended
-    found = scan(site, files, known, crew, lambda done, total: progress("headers", done, total), keep)
+    rows = read_labels(site, pseudonyms)  # before the long part: a table's faults are soon mended
+    found = scan(site, pseudonyms, files, known, crew, lambda done, total: progress("headers", done, total), keep)
     images, copies = without_copies(found.images, crew)
     series, refused, series_faults = build_series(images)
     masks, mask_faults = match_masks(found.masks, series)
     taken, choices, left = choose(series, annotated_series(rows, masks))
     lost = {fault.what.removeprefix("series "): fault.reason for fault in (*series_faults, *left)}
     labels, label_faults = match_labels(rows, taken, site.labels.name if site.labels else "", lost)
-    key = site.key()
-    jobs = tuple(SeriesJob(one, tuple(masks.get(one.name, ())), key, site.segments) for one in taken)
+    jobs = tuple(SeriesJob(one, tuple(masks.get(one.name, ())), pseudonyms, site.segments) for one in taken)
     faults = (*found.faults, *copies, *series_faults, *mask_faults, *left, *label_faults)
     return Survey(found, jobs, tuple(choices), labels, faults, tuple(series), tuple(refused))
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import RTStructureSetStorage
 
-from client.dicom.elements import DicomFile, class_name, pseudonym, text
+from client.dicom.elements import DicomFile, class_name, text
 from client.dicom.faults import DicomError, Fault
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.masks.drawn import EXPECTED, PIECES, Drawn, OtherSegment, Tally, unite
 from client.masks.label_maps import fits, misfit, nifti_grid, read_nifti, read_png
@@ -90,7 +91,7 @@ def other_format(path: Path) -> str:
     )
 
 
-def picture_mask(path: Path, head: bytes, key: bytes, code: str) -> MaskFile:
+def picture_mask(path: Path, head: bytes, pseudonyms: Pseudonyms, code: str) -> MaskFile:
     """A PNG or NIfTI file as a mask.
 
     Raises:
@@ -98,10 +99,10 @@ def picture_mask(path: Path, head: bytes, key: bytes, code: str) -> MaskFile:
     """
     if head.startswith(PNG_MAGIC):
         stem = path.name[: -len(".png")] if path.name.lower().endswith(".png") else path.name
-        return MaskFile(path, code, "png", pseudonym(key, "image", stem))
+        return MaskFile(path, code, "png", pseudonyms.of("image", stem))
     stem = path.name[: -len(".nii.gz" if path.name.lower().endswith(".gz") else ".nii")]
     grid = nifti_grid(path)
-    return MaskFile(path, code, "nifti", pseudonym(key, "series", stem), grid=grid, pieces=int(grid[2]))
+    return MaskFile(path, code, "nifti", pseudonyms.of("series", stem), grid=grid, pieces=int(grid[2]))
 
 
 def is_mask(file: DicomFile) -> bool:
@@ -109,7 +110,7 @@ def is_mask(file: DicomFile) -> bool:
     return text(file.ds, "SOPClassUID") in (*SEG_CLASSES, RTStructureSetStorage)
 
 
-def dicom_mask(file: DicomFile, path: Path, key: bytes, code: str) -> MaskFile:
+def dicom_mask(file: DicomFile, path: Path, pseudonyms: Pseudonyms, code: str) -> MaskFile:
     """A SEG or RTSTRUCT as a mask.
 
     Raises:
@@ -122,14 +123,14 @@ def dicom_mask(file: DicomFile, path: Path, key: bytes, code: str) -> MaskFile:
         )
 
     def hashed(uids: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted({pseudonym(key, "image", uid) for uid in uids}))
+        return tuple(sorted({pseudonyms.of("image", uid) for uid in uids}))
 
     try:
         if sop_class == RTStructureSetStorage:
             listed, sources = contour_references(ds)
             return MaskFile(path, code, "rtstruct", "", hashed(listed), hashed(sources), pieces=contour_count(ds))
         head = seg_head(ds)
-        space = pseudonym(key, "space", head.space) if head.space else ""
+        space = pseudonyms.of("space", head.space) if head.space else ""
         pieces = len(ds.get("PerFrameFunctionalGroupsSequence") or [])
         return MaskFile(
             path, code, "seg", "", hashed(head.listed), hashed(head.sources), head.places, space, pieces=pieces
@@ -200,7 +201,7 @@ def _lies_on(mask: MaskFile, series: CtSeries) -> bool:
 def read_masks(
     files: Sequence[MaskFile],
     series: CtSeries,
-    key: bytes,
+    pseudonyms: Pseudonyms,
     segments: Sequence[str | int],
     begin: Callable[[], None] = lambda: None,
 ) -> SeriesMasks:
@@ -209,7 +210,7 @@ def read_masks(
     Args:
       files: those that match_masks gave to this series.
       series: the images; the masks come in their pixel grid.
-      key: the hospital's secret, to recognise images.
+      pseudonyms: the hospital's, to recognise images.
       segments: what is the hematoma: labels, codes as "SCT:35566002" or numbers; () where a file holds one thing only.
       begin: called before each file is read.
     Returns:
@@ -222,7 +223,7 @@ def read_masks(
     for file in files:
         begin()
         try:
-            drawn[file.file] = _read(file, series, key, segments)
+            drawn[file.file] = _read(file, series, pseudonyms, segments)
         except DicomError as error:
             faults[file.file] = str(error)
             broken += [] if isinstance(error, OtherSegment) else [file]
@@ -269,7 +270,7 @@ def refused(file: MaskFile, reason: str) -> Tally:
     return Tally(file.file, PIECES[file.kind], file.pieces, 0, ((reason, file.pieces),) if file.pieces else ())
 
 
-def _read(file: MaskFile, series: CtSeries, key: bytes, segments: Sequence[str | int]) -> Drawn:
+def _read(file: MaskFile, series: CtSeries, pseudonyms: Pseudonyms, segments: Sequence[str | int]) -> Drawn:
     """What one file draws on a series.
 
     Raises:
@@ -280,7 +281,7 @@ def _read(file: MaskFile, series: CtSeries, key: bytes, segments: Sequence[str |
             return read_png(file.path, file.name, series, segments)
         if file.kind == "nifti":
             return read_nifti(file.path, series, segments)
-        return (read_seg if file.kind == "seg" else read_contours)(file.path, series, key, segments)
+        return (read_seg if file.kind == "seg" else read_contours)(file.path, series, pseudonyms, segments)
     except DicomError:
         raise
     except OSError as error:

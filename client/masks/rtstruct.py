@@ -15,9 +15,10 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from client.dicom.elements import pseudonym, word
+from client.dicom.elements import word
 from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, normal_of
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.masks.drawn import ABSENT, OTHER_SEGMENT, Drawn, choose_segments
 from client.masks.polygons import Points, encloses_nothing, fill, opposed
@@ -86,7 +87,7 @@ def _contours(ds: pydicom.Dataset) -> Iterator[tuple[int, pydicom.Dataset]]:
             yield int(roi.get("ReferencedROINumber") if roi.get("ReferencedROINumber") is not None else -1), contour
 
 
-def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | int]) -> Drawn:
+def read_contours(path: Path, series: CtSeries, pseudonyms: Pseudonyms, segments: Sequence[str | int]) -> Drawn:
     """Masks of a series' images; see client/masks/match.py read_masks."""
     ds = pydicom.dcmread(path)
     names = _regions(ds)
@@ -96,12 +97,12 @@ def read_contours(path: Path, series: CtSeries, key: bytes, segments: Sequence[s
         raise DicomError(
             f"its region has no contours (ROIContourSequence); expected at least one: {_AGAIN}, or remove the file"
         )
-    _check_space(ds, chosen, drawn, series, key)
+    _check_space(ds, chosen, drawn, series, pseudonyms)
     _check_writer(ds, series)
     listed, _ = contour_references(ds)
-    hashes = {pseudonym(key, "image", uid) for uid in listed}
+    hashes = {pseudonyms.of("image", uid) for uid in listed}
     looked = {s.image for s in series.slices if hashes & {s.instance, *s.copies}}
-    contours = [_read_contour(roi, contour, series, key) for roi, contour in drawn]
+    contours = [_read_contour(roi, contour, series, pseudonyms) for roi, contour in drawn]
     contours = _without_opposed(contours)
     usable = [c for c in contours if not c.lost]
     total = contour_count(ds)
@@ -176,7 +177,7 @@ def _check_space(
     chosen: Sequence[int],
     drawn: Sequence[tuple[int, pydicom.Dataset]],
     series: CtSeries,
-    key: bytes,
+    pseudonyms: Pseudonyms,
 ) -> None:
     """Whether the contours are in their images' frame of reference, where that is what places them.
 
@@ -188,7 +189,7 @@ def _check_space(
         for item in ds.StructureSetROISequence
         if int(item.ROINumber) in chosen
     }
-    names = {pseudonym(key, "space", frame) for frame in frames if frame}
+    names = {pseudonyms.of("space", frame) for frame in frames if frame}
     unnamed = any(not contour.get("ContourImageSequence") for _, contour in drawn)
     if unnamed and any(s.space and names and s.space not in names for s in series.slices):
         raise DicomError(
@@ -196,10 +197,10 @@ def _check_space(
         )
 
 
-def _read_contour(roi: int, contour: pydicom.Dataset, series: CtSeries, key: bytes) -> _Contour:
+def _read_contour(roi: int, contour: pydicom.Dataset, series: CtSeries, pseudonyms: Pseudonyms) -> _Contour:
     """A contour in its image's pixels, or why it cannot be used."""
     points = _points(contour)
-    image = _image_of(contour, points, series, key)
+    image = _image_of(contour, points, series, pseudonyms)
     kind, none = str(contour.get("ContourGeometricType", "")), np.zeros((0, 2))
     if not len(points):
         return _Contour(roi, image, none, lost=_EMPTY)
@@ -235,12 +236,14 @@ def _points(contour: pydicom.Dataset) -> NDArray[np.float64]:
     return values.reshape(-1, 3)
 
 
-def _image_of(contour: pydicom.Dataset, points: NDArray[np.float64], series: CtSeries, key: bytes) -> CtSlice | None:
+def _image_of(
+    contour: pydicom.Dataset, points: NDArray[np.float64], series: CtSeries, pseudonyms: Pseudonyms
+) -> CtSlice | None:
     """The image that a contour was drawn on: the one it names, else the one in whose plane it lies; None if not there."""
     candidates: Sequence[CtSlice] = series.slices
     named = contour.get("ContourImageSequence")
     if named:
-        hashes = {pseudonym(key, "image", str(item.get("ReferencedSOPInstanceUID", ""))) for item in named}
+        hashes = {pseudonyms.of("image", str(item.get("ReferencedSOPInstanceUID", ""))) for item in named}
         candidates = [s for s in series.slices if hashes & {s.instance, *s.copies}]
     elif not len(points):
         return None

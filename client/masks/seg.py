@@ -19,9 +19,9 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import UID, SegmentationStorage
 
-from client.dicom.elements import pseudonym
 from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.masks.drawn import ABSENT, NOWHERE, OTHER_SEGMENT, Drawn, choose_segments
 from client.masks.seg_frames import Frame, frames_of
@@ -76,7 +76,7 @@ def seg_head(seg: pydicom.Dataset) -> SegHead:
     return SegHead(frozenset(listed), frozenset(sources - {""}), flat, str(seg.get("FrameOfReferenceUID", "")))
 
 
-def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | int]) -> Drawn:
+def read_seg(path: Path, series: CtSeries, pseudonyms: Pseudonyms, segments: Sequence[str | int]) -> Drawn:
     """Masks of a series' images; see client/masks/match.py read_masks."""
     seg = pydicom.dcmread(path)
     groups = list(seg.get("PerFrameFunctionalGroupsSequence") or [])
@@ -87,8 +87,8 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
     shared = next(iter(seg.get("SharedFunctionalGroupsSequence") or []), pydicom.Dataset())
     names = _segments(seg)
     chosen = choose_segments(names, segments)
-    _check_space(seg, series, key)
-    listed = {pseudonym(key, "image", uid) for uid in seg_head(seg).listed}
+    _check_space(seg, series, pseudonyms)
+    listed = {pseudonyms.of("image", uid) for uid in seg_head(seg).listed}
     by_instance = _by_instance(series)
     looked = {image.image for name in listed for image in by_instance.get(name, ())}
     masks: dict[str, dict[str, NDArray[np.uint8]]] = {}
@@ -99,7 +99,7 @@ def read_seg(path: Path, series: CtSeries, key: bytes, segments: Sequence[str | 
         if not wanted:
             left[OTHER_SEGMENT] += 1
             continue
-        image, reason = _place(group, shared, series, by_instance, key)
+        image, reason = _place(group, shared, series, by_instance, pseudonyms)
         if reason or image is None:
             left[reason] += 1
             continue
@@ -163,10 +163,10 @@ def _segments(seg: pydicom.Dataset) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _check_space(seg: pydicom.Dataset, series: CtSeries, key: bytes) -> None:
+def _check_space(seg: pydicom.Dataset, series: CtSeries, pseudonyms: Pseudonyms) -> None:
     """Refuse a mask in another frame of reference than its images, where both say theirs."""
     space = str(seg.get("FrameOfReferenceUID", ""))
-    if space and any(s.space not in ("", pseudonym(key, "space", space)) for s in series.slices):
+    if space and any(s.space not in ("", pseudonyms.of("space", space)) for s in series.slices):
         raise DicomError(
             "mask has another frame of reference than its images; expected the same: draw it on these images"
         )
@@ -231,14 +231,14 @@ def _place(
     shared: pydicom.Dataset,
     series: CtSeries,
     by_instance: Mapping[str, Sequence[CtSlice]],
-    key: bytes,
+    pseudonyms: Pseudonyms,
 ) -> tuple[CtSlice | None, str]:
     """The image that a frame lies on and "", else None and why the frame is left out.
 
     Source: PS3.3 C.7.6.16.2.1 to C.7.6.16.2.6.
     """
     position = _numbers(group, shared, "PlanePositionSequence", "ImagePositionPatient", 3)
-    named = [(pseudonym(key, "image", uid), frames) for uid, frames in _named(group) if uid]
+    named = [(pseudonyms.of("image", uid), frames) for uid, frames in _named(group) if uid]
     candidates: Sequence[CtSlice] = series.slices
     if named:
         candidates = [

@@ -30,10 +30,11 @@ from client.boundary.audit import AuditError, printable
 from client.boundary.code import CodeError, read_bundle
 from client.boundary.daily import list_refusal
 from client.boundary.policy import admit_code
+from client.boundary.this_site import Node, opened
 from client.node.frames import reply_frames
 from client.node.parts import bounded_memory, check_parts
 from client.node.task import Task
-from shared.config import ConfigError, config_digest, parse_config
+from shared.config import ConfigError, config_digest
 from shared.host.files import replace_text
 from shared.refusals import TEXTS, Refusal, Refused
 from shared.site import Site, SiteError, read_site
@@ -67,8 +68,9 @@ def answer(task: Task, own_code: str) -> list[bytes]:
         with bounded_memory():
             message, signed_config = _signed(message, authority, site)
         context = _admitted(message, run, task.bundle, own_code, site, place)
-        _check_config(context.run_config, signed_config)
-        reply = app(message, context)
+        with opened(context, site) as node:
+            _check_config(node, signed_config)
+            reply = app(message, context)
     except Refused as error:
         log.error("refused: %s", printable(str(error)))
         _note_refusal(site, message, error)
@@ -145,10 +147,10 @@ def _admitted(message: Message, run: Run, content: bytes, own_code: str, site: S
     )
 
 
-def _check_config(flat: dict, signed: str) -> None:
+def _check_config(node: Node, signed: str) -> None:
     """That the run config, which came beside the message, is the one under which the centre signed it."""
     try:
-        found = config_digest(parse_config(flat))
+        found = config_digest(node.config)
     except ConfigError as error:
         raise Refused(str(error), Refusal.NOT_FROM_CENTRE) from error
     if found != signed:

@@ -14,11 +14,12 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from client.dicom.faults import DicomError, Fault
 from client.dicom.headers import read_images
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries, build_series
 from client.ingest.scan import FoundFile, scan_file
 from client.masks.match import MaskFile, match_masks, read_masks
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 SHAPE = (64, 64)
 
 

@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.dicom.elements import pseudonym
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.ingest import IngestError, IngestReport, ingest
 from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
@@ -117,11 +117,11 @@ def index(site: Site) -> list[dict[str, str]]:
 
 def file_code(site: Site, name: str) -> str:
     """What messages call a file, by its place and path: "images/9"."""
-    return f"file {pseudonym(site.key(), 'file', name)}"
+    return f"file {Pseudonyms(site.key()).of('file', name)}"
 
 
 def series_name(site: Site, uid: str = SERIES) -> str:
-    return f"series {pseudonym(site.key(), 'series', uid)}"
+    return f"series {Pseudonyms(site.key()).of('series', uid)}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -36,6 +36,7 @@ from pydicom.uid import (
 
 from client.dicom.elements import silence_readers
 from client.dicom.headers import CtSlice
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import build_series, choose
 from client.ingest.read_series import CachedSeries, SeriesJob, read_part
 from client.ingest.scan import FileRecord, FoundFile, scan_file
@@ -45,7 +46,7 @@ from client.masks.match import match_masks, read_masks
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_series
 from tests.support.mask_files import grid_of, truth, write_seg
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 SIDE, VICTIM = 48, 2
 NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 COMPRESSED = (RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)

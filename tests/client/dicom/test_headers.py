@@ -24,13 +24,14 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from client.dicom.elements import pseudonym, text
+from client.dicom.elements import text
 from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from tests.support.dicom_files import ct_dataset, enhanced_ct, head_hu, save_as_syntax, write_ct
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 TEST_IMAGES = "cornerstonejs+cornerstone3D/packages/dicomImageLoader/testImages"
 
 
@@ -75,8 +76,8 @@ def test_headers_equal_pydicoms(real_dicom: Path) -> None:
         assert image.tilt_degree == ds.GantryDetectorTilt
         assert image.kernel == ds.ConvolutionKernel
         assert image.padding == (ds.PixelPaddingValue, ds.PixelPaddingValue)
-        assert image.patient == pseudonym(KEY, "patient", str(ds.PatientID))
-        assert image.series == pseudonym(KEY, "series", str(ds.SeriesInstanceUID))
+        assert image.patient == KEY.of("patient", str(ds.PatientID))
+        assert image.series == KEY.of("series", str(ds.SeriesInstanceUID))
 
 
 def test_no_identifier_is_in_a_header(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_an_identifier_in_another_alphabet(tmp_path: Path) -> None:
         path = write_ct(tmp_path / encoding, SpecificCharacterSet=charset, patient="Müller-1")
         assert "Müller-1".encode(encoding) in path.read_bytes()
         names[encoding] = one(path).patient
-    assert set(names.values()) == {pseudonym(KEY, "patient", "Müller-1")}
+    assert set(names.values()) == {KEY.of("patient", "Müller-1")}
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])

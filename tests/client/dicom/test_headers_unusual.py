@@ -25,13 +25,14 @@ from client.dicom.elements import identifier
 from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import sharpness
 from client.ingest.resent import without_copies
 from client.ingest.workers import WorkerPool
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
 from tests.support.small_sites import SERIES, draw, edit_data, ingested, make_site, three, tiny_head
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 
 

@@ -10,6 +10,7 @@ from pydicom.data import get_testdata_file
 from client.dicom.headers import read_images
 from client.dicom.hounsfield import BIN_HU, BINS, LOW_HU, histogram, implausible
 from client.dicom.pixels import PADDING_HU, read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from tests.conftest import SmallHospitals
 from tests.support.dicom_files import head_hu
 
@@ -37,12 +38,12 @@ def test_real_ct_is_plausible(real_dicom: Path) -> None:
         Path(get_testdata_file("J2K_pixelrep_mismatch.dcm")),
     ]
     for path in names:
-        assert implausible(histogram(read_hu(read_images(path, b"k" * 32)[0]))) is None
+        assert implausible(histogram(read_hu(read_images(path, Pseudonyms(b"k" * 32))[0]))) is None
 
 
 def test_simulated_hospitals_are_plausible(hospitals: SmallHospitals) -> None:
     site = hospitals.site("hospital-05")
-    images = [i for path in sorted(site.images.rglob("IM*"))[:9] for i in read_images(path, b"k" * 32)]
+    images = [i for path in sorted(site.images.rglob("IM*"))[:9] for i in read_images(path, Pseudonyms(b"k" * 32))]
     assert implausible(sum(histogram(read_hu(i)) for i in images)) is None
 
 

@@ -27,9 +27,10 @@ from pydicom.uid import (
 from client.dicom.faults import DicomError
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import AIR_HU, MAX_HU, PADDING_HU, clamp_hu, read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from tests.support.dicom_files import ct_dataset, head_hu, save_as_syntax, write_ct
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 TEST_IMAGES = "cornerstonejs+cornerstone3D/packages/dicomImageLoader/testImages"
 LOSSLESS = ("1.2", "1.2.1", "1.2.2", "1.2.1.99", "1.2.5", "1.2.4.57", "1.2.4.70", "1.2.4.80", "1.2.4.90")
 SYNTAXES = (

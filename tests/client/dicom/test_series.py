@@ -8,13 +8,13 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage
 
-from client.dicom.elements import pseudonym
 from client.dicom.faults import Fault
 from client.dicom.headers import CtSlice, read_images
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries, build_series, choose, describe, sharpness
 from tests.support.dicom_files import ct_dataset, head_hu, write_ct, write_series
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 
 
 def read(folder: Path) -> list[CtSlice]:
@@ -30,7 +30,7 @@ def built(folder: Path) -> tuple[list[CtSeries], list[Fault]]:
 
 
 def series_name(uid: str) -> str:
-    return pseudonym(KEY, "series", uid)
+    return KEY.of("series", uid)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_real_slices_are_ordered_by_position_alone(
         ds = pydicom.dcmread(path)
         if ds.SOPClassUID != CTImageStorage:
             continue
-        expected[ds.ImagePositionPatient[2]] = pseudonym(KEY, "image", str(ds.SOPInstanceUID))
+        expected[ds.ImagePositionPatient[2]] = KEY.of("image", str(ds.SOPInstanceUID))
         ds.InstanceNumber = (7 * number) % 5
         ds.save_as(tmp_path / f"{(11 * number + 3) % 13:02d}")
     ((series,), faults) = built(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.dicom.elements import pseudonym
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.ingest import IngestError, ingest
 from client.ingest.label_table import LabelError, read_labels
 from client.ingest.labels import SPLIT_SHARES, annotated_series, assign_splits, splits_of
@@ -193,7 +193,7 @@ def test_a_table_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(IngestError, match=r"labels.csv cannot be opened \(No such file or directory\)"):
         ingest(site, workers=1)
     with pytest.raises(LabelError, match="cannot be opened"):
-        read_labels(site)
+        read_labels(site, Pseudonyms(site.key()))
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
 
 def test_rows_hold_hashes_only(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path, labels=HEADER + f"{SERIES},{SERIES}.1,1\n"))
-    (row,) = read_labels(site)
+    (row,) = read_labels(site, Pseudonyms(site.key()))
     assert (row.line, row.value, row.index) == (2, "1", -1)
-    assert row.series == pseudonym(site.key(), "series", SERIES)
-    assert row.instance == pseudonym(site.key(), "image", f"{SERIES}.1")
+    assert row.series == Pseudonyms(site.key()).of("series", SERIES)
+    assert row.instance == Pseudonyms(site.key()).of("image", f"{SERIES}.1")
 
 
 def test_empty_lines_of_a_counted_table_are_passed_over(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_multi_frame_file_is_labelled_by_place_not_by_uid(tmp_path: Path) -> N
 
 
 def test_the_splits_shares_are_kept() -> None:
-    names = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(100)]
+    names = [Pseudonyms(b"k" * 32).of("patient", str(n)) for n in range(100)]
     for count in (1, 2, 10, 47, 100):
         splits = list(assign_splits(names[:count], {}).values())
         for split, share in SPLIT_SHARES.items():
@@ -283,7 +283,7 @@ def test_the_splits_shares_are_kept() -> None:
 
 
 def test_nobody_moves_when_patients_are_added() -> None:
-    names = [pseudonym(b"k" * 32, "patient", str(n)) for n in range(60)]
+    names = [Pseudonyms(b"k" * 32).of("patient", str(n)) for n in range(60)]
     first = assign_splits(names[:40], {})
     later = assign_splits(names, first)
     assert {name: later[name] for name in first} == first

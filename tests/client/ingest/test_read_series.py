@@ -12,6 +12,7 @@ from PIL import Image
 
 from client.dicom.headers import read_images
 from client.dicom.pixels import AIR_HU
+from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries, build_series
 from client.ingest import read_series as reading
 from client.ingest.read_series import MOST_FOR_CENTRE, CachedSeries, SeriesJob, can_read, image_name, read_part
@@ -19,7 +20,7 @@ from client.masks.match import MaskFile, picture_mask
 from shared.slices import SIDE_PX
 from tests.support.small_sites import SERIES, SIDE, SPACING_MM, three, tiny_head, write_images, write_multi_frame
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest import records
 from client.ingest.records import append_records, read_records, write_records
 from client.ingest.scan import FileRecord, FoundFile, scan, walk
@@ -30,7 +31,7 @@ def site(tmp_path: Path) -> Site:
 
 def pairs_of(site: Site) -> Pairs:
     with WorkerPool(1) as crew:
-        return scan(site, walk(site), {}, crew).files
+        return scan(site, Pseudonyms(site.key()), walk(site, Pseudonyms(site.key())), {}, crew).files
 
 
 def known(pairs: Pairs) -> dict[str, tuple[str, FileRecord]]:
@@ -52,15 +53,15 @@ def known(pairs: Pairs) -> dict[str, tuple[str, FileRecord]]:
 def test_records_come_back_as_they_were(site: Site, tmp_path: Path) -> None:
     pairs = pairs_of(site)
     assert sorted(len(record.images) for _, record in pairs) == [0, 0, 0, 1, 1, 1, 2]
-    write_records(tmp_path / "kept", site, pairs)
-    assert read_records(tmp_path / "kept", site) == known(pairs)
+    write_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs)
+    assert read_records(tmp_path / "kept", site, Pseudonyms(site.key())) == known(pairs)
     assert len(known(pairs)) == 6
 
 
 def test_no_record_is_no_fault(site: Site, tmp_path: Path) -> None:
-    assert read_records(tmp_path / "nothing", site) == {}
+    assert read_records(tmp_path / "nothing", site, Pseudonyms(site.key())) == {}
     (tmp_path / "empty").touch()
-    assert read_records(tmp_path / "empty", site) == {}
+    assert read_records(tmp_path / "empty", site, Pseudonyms(site.key())) == {}
 
 
 @pytest.mark.parametrize("keep", [write_records, append_records])
@@ -71,7 +72,7 @@ def test_every_cut_gives_whole_records_only(site: Site, tmp_path: Path, keep: ob
     counts = set()
     for end in range(0, len(whole), 7):
         (tmp_path / "cut").write_bytes(whole[:end])
-        found = read_records(tmp_path / "cut", site)
+        found = read_records(tmp_path / "cut", site, Pseudonyms(site.key()))
         assert found.items() <= expected.items()
         counts.add(len(found))
     assert counts == set(range(len(expected)))
@@ -79,35 +80,37 @@ def test_every_cut_gives_whole_records_only(site: Site, tmp_path: Path, keep: ob
 
 def test_what_follows_a_cut_line_is_whole(site: Site, tmp_path: Path) -> None:
     pairs = pairs_of(site)
-    append_records(tmp_path / "kept", site, pairs[:3])
+    append_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs[:3])
     whole = (tmp_path / "kept").read_bytes()
     (tmp_path / "kept").write_bytes(whole[:-40])
-    append_records(tmp_path / "kept", site, pairs[3:])
-    found = read_records(tmp_path / "kept", site)
+    append_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs[3:])
+    found = read_records(tmp_path / "kept", site, Pseudonyms(site.key()))
     lost = [f.code for f, _ in pairs[:3] if not f.refused][-1]
     assert found == {code: value for code, value in known(pairs).items() if code != lost}
 
 
 def test_of_two_records_of_one_file_the_later_counts(site: Site, tmp_path: Path) -> None:
     pairs = pairs_of(site)
-    append_records(tmp_path / "kept", site, [(replace(f, stamp="older"), record) for f, record in pairs])
-    append_records(tmp_path / "kept", site, pairs)
-    assert read_records(tmp_path / "kept", site) == known(pairs)
+    append_records(
+        tmp_path / "kept", site, Pseudonyms(site.key()), [(replace(f, stamp="older"), record) for f, record in pairs]
+    )
+    append_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs)
+    assert read_records(tmp_path / "kept", site, Pseudonyms(site.key())) == known(pairs)
 
 
 def test_records_of_another_key_or_reader_are_not_taken(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_records(tmp_path / "kept", site, pairs_of(site))
-    assert read_records(tmp_path / "kept", replace(site, lent_key=b"k" * 32)) == {}
+    write_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs_of(site))
+    assert read_records(tmp_path / "kept", site, Pseudonyms(b"k" * 32)) == {}
     monkeypatch.setattr(records, "READER_VERSION", 1000)
-    assert read_records(tmp_path / "kept", site) == {}
+    assert read_records(tmp_path / "kept", site, Pseudonyms(site.key())) == {}
 
 
 def test_another_answer_to_lossy_images_drops_what_it_decides(site: Site, tmp_path: Path) -> None:
     pairs = pairs_of(site)
-    write_records(tmp_path / "kept", site, pairs)
-    strict = read_records(tmp_path / "kept", replace(site, accept_lossy=False))
+    write_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs)
+    strict = read_records(tmp_path / "kept", replace(site, accept_lossy=False), Pseudonyms(site.key()))
     lossy = {f.code for f, record in pairs if any(image.lossy for image in record.images)}
     left_out = {f.code for f, record in pairs if record.fault}
     assert (len(lossy), len(left_out)) == (1, 2)
@@ -115,7 +118,7 @@ def test_another_answer_to_lossy_images_drops_what_it_decides(site: Site, tmp_pa
 
 
 def test_neither_path_nor_identifier_is_kept(site: Site, tmp_path: Path) -> None:
-    write_records(tmp_path / "kept", site, pairs_of(site))
+    write_records(tmp_path / "kept", site, Pseudonyms(site.key()), pairs_of(site))
     text = (tmp_path / "kept").read_text()
     for planted in ("letter", "frames", "Doe", "4711", SERIES, "dicom"):
         assert planted not in text

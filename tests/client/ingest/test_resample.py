@@ -9,12 +9,13 @@ from scipy import ndimage
 
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import AIR_HU, clamp_hu, read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.resample import head_centre, resample, touches_edge
 from shared.slices import SIDE_PX
 from tests.conftest import SmallHospitals
 from tests.support.dicom_files import write_ct
 
-KEY = b"k" * 32
+KEY = Pseudonyms(b"k" * 32)
 DISC_MM = 100.0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from client.dicom.elements import pseudonym
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest import scan as scan_module
 from client.ingest.ingest import ingest
 from client.ingest.scan import FileRecord, FoundFile, Scan, manifest_of, scan, walk
@@ -20,12 +20,14 @@ from tests.support.small_sites import SERIES, file_code, ingested, make_site, ti
 
 def scanned(site: Site, known: dict[str, tuple[str, FileRecord]] | None = None) -> Scan:
     with WorkerPool(1) as crew:
-        return scan(site, walk(site), known or {}, crew)
+        return scan(site, Pseudonyms(site.key()), walk(site, Pseudonyms(site.key())), known or {}, crew)
 
 
 def refused(site: Site) -> dict[str, str]:
     """What a walk does not open: path below the hospital's folder -> reason."""
-    return {str(f.path.relative_to(site.images.parent)): f.refused for f in walk(site) if f.refused}
+    return {
+        str(f.path.relative_to(site.images.parent)): f.refused for f in walk(site, Pseudonyms(site.key())) if f.refused
+    }
 
 
 def names(files: list[FoundFile], site: Site) -> list[str]:
@@ -37,10 +39,10 @@ def names(files: list[FoundFile], site: Site) -> list[str]:
 
 def test_a_walk_finds_every_file_once_in_order(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path, {name: {} for name in ("b/2", "b/1", "a/c/3", "a/9", "z")}))
-    files = walk(site)
+    files = walk(site, Pseudonyms(site.key()))
     assert names(files, site) == ["dicom/z", "dicom/a/9", "dicom/a/c/3", "dicom/b/1", "dicom/b/2"]
     assert {f.place for f in files} == {"images"}
-    assert [f.code for f in files] == [pseudonym(site.key(), "file", f"images/{n[6:]}") for n in names(files, site)]
+    assert [f.code for f in files] == [Pseudonyms(site.key()).of("file", f"images/{n[6:]}") for n in names(files, site)]
     assert len({f.code for f in files}) == 5
     assert all(len(f.code) == 16 for f in files), "a hospital has 100,000 files: 8 digits would collide"
 
@@ -59,14 +61,14 @@ def test_symbolic_links_are_not_followed(tmp_path: Path, target: str) -> None:
     }
     (site.images / "link").symlink_to(places[target])
     assert refused(site) == {"dicom/link": "a symbolic link, expected a file; it may lead out of the folder"}
-    assert len(walk(site)) == 4
+    assert len(walk(site, Pseudonyms(site.key()))) == 4
 
 
 def test_hidden_files_and_folders_are_told_and_not_opened(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path))
     write_images(site.images, {".hidden": {}, ".folder/image": {}})
     assert refused(site) == dict.fromkeys(["dicom/.folder", "dicom/.hidden"], "a hidden file or folder")
-    assert len(walk(site)) == 5
+    assert len(walk(site, Pseudonyms(site.key()))) == 5
 
 
 def test_special_files_are_told_and_block_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,7 @@ def test_names_in_any_encoding(tmp_path: Path) -> None:
     os.rename(os.fsencode(tmp_path / "made" / "1"), os.fsencode(site.images) + b"/M\xfcller")
     os.rename(os.fsencode(tmp_path / "made" / "2"), os.fsencode(site.images) + b"/M\xf6ller")
     (site.images / "Größe").write_text("a letter")
-    assert len({f.code for f in walk(site)}) == 3
+    assert len({f.code for f in walk(site, Pseudonyms(site.key()))}) == 3
     _, report = ingested(file)
     assert report.slices == 2
     assert [f.what for f in report.faults] == [file_code(site, "images/Größe")]
@@ -102,7 +104,7 @@ def test_a_site_is_walked_once_wherever_its_masks_are(tmp_path: Path) -> None:
         mask = Image.fromarray((tiny_head() > 0).astype("uint8"))
         mask.save(root / "all" / "masks" / "1.2.826.1.1.png")
         site = read_site(make_site(root, {}, data={"images": images, "masks": masks}))
-        assert sorted(f.path.name for f in walk(site)) == ["1", "1.2.826.1.1.png"]
+        assert sorted(f.path.name for f in walk(site, Pseudonyms(site.key()))) == ["1", "1.2.826.1.1.png"]
         found = scanned(site)
         assert (len(found.images), len(found.masks), found.faults) == (1, 1, [])
 
@@ -125,8 +127,8 @@ def test_what_ingest_wrote_and_the_label_table_are_no_images(tmp_path: Path) -> 
 
 def test_codes_do_not_depend_on_where_the_folder_is(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path / "one", {"a/1": {}, "2": {"sop": "1.2.2"}}))
-    before = [f.code for f in walk(site)]
-    manifest = manifest_of(walk(site))
+    before = [f.code for f in walk(site, Pseudonyms(site.key()))]
+    manifest = manifest_of(walk(site, Pseudonyms(site.key())))
     (tmp_path / "one").rename(tmp_path / "two")
     moved = walk(read_site(tmp_path / "two" / "site.yaml"))
     assert [f.code for f in moved] == before
@@ -136,18 +138,18 @@ def test_codes_do_not_depend_on_where_the_folder_is(tmp_path: Path) -> None:
 def test_a_manifest_depends_on_every_name_size_and_time(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path, {"1": {}, "2": {"sop": "1.2.2"}}))
     path = site.images / "1"
-    seen = {manifest_of(walk(site))}
+    seen = {manifest_of(walk(site, Pseudonyms(site.key())))}
     os.utime(path, ns=(1, 1))
-    seen.add(manifest_of(walk(site)))
+    seen.add(manifest_of(walk(site, Pseudonyms(site.key()))))
     path.write_bytes(path.read_bytes() + b"\0")
     os.utime(path, ns=(1, 1))
-    seen.add(manifest_of(walk(site)))
+    seen.add(manifest_of(walk(site, Pseudonyms(site.key()))))
     path.rename(site.images / "3")
-    seen.add(manifest_of(walk(site)))
+    seen.add(manifest_of(walk(site, Pseudonyms(site.key()))))
     (site.images / "3").unlink()
-    seen.add(manifest_of(walk(site)))
+    seen.add(manifest_of(walk(site, Pseudonyms(site.key()))))
     (site.images / "link").symlink_to("2")
-    seen.add(manifest_of(walk(site)))
+    seen.add(manifest_of(walk(site, Pseudonyms(site.key()))))
     assert len(seen) == 6
 
 
@@ -156,10 +158,10 @@ def test_a_manifest_depends_on_every_name_size_and_time(tmp_path: Path) -> None:
 
 def test_files_that_vanish_after_the_walk_are_told(tmp_path: Path) -> None:
     site = read_site(make_site(tmp_path, {"a": {}, "folder/b": {"sop": "1.2.2"}, "folder/c": {"sop": "1.2.3"}}))
-    files = walk(site)
+    files = walk(site, Pseudonyms(site.key()))
     shutil.rmtree(site.images / "folder")
     with WorkerPool(1) as crew:
-        found = scan(site, files, {}, crew)
+        found = scan(site, Pseudonyms(site.key()), files, {}, crew)
     assert len(found.images) == 1
     assert [(f.what, f.reason) for f in found.faults] == [
         (file_code(site, f"images/folder/{name}"), "cannot be opened (No such file or directory)") for name in "bc"
@@ -232,7 +234,8 @@ def test_records_are_handed_over_as_they_come(tmp_path: Path, monkeypatch: pytes
     with WorkerPool(1) as crew:
         scan(
             site,
-            walk(site),
+            Pseudonyms(site.key()),
+            walk(site, Pseudonyms(site.key())),
             {},
             crew,
             lambda done, total: counted.append((done, total)),

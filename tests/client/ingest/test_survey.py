@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from client.dicom.pseudonyms import Pseudonyms
 from client.ingest import read_series as reading
 from client.ingest import survey as survey_module
 from client.ingest.read_series import CachedSeries
@@ -37,7 +38,9 @@ HEADER = "series_uid,sop_uid,hypodensity\n"
 def look(file: Path) -> Survey:
     site = read_site(file)
     with WorkerPool(1) as crew:
-        return survey(site, walk(site), {}, crew, lambda what, done, total: None)
+        return survey(
+            site, Pseudonyms(site.key()), walk(site, Pseudonyms(site.key())), {}, crew, lambda what, done, total: None
+        )
 
 
 def draw(folder: Path, sop: str, area_YX: np.ndarray | None = None) -> Path:

@@ -24,6 +24,7 @@ from pydicom.uid import (
 
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import PADDING_HU, read_hu
+from client.dicom.pseudonyms import Pseudonyms
 from shared.site import read_site
 from simulations.phantom.dicom_export import TRANSFER_SYNTAXES, ct_image, uid
 from simulations.phantom.hospitals import HOSPITALS, Hospital
@@ -93,7 +94,7 @@ def dataset(path: Path) -> pydicom.Dataset:
 
 
 def header(path: Path) -> CtSlice:
-    (image,) = read_images(path, b"k" * 32)
+    (image,) = read_images(path, Pseudonyms(b"k" * 32))
     return image
 
 
