@@ -1,1 +1,1 @@
-"""What runs in a hospital; imports shared."""
+"""The code that runs in a hospital; imports shared."""

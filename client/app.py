@@ -200,7 +200,7 @@ def _opened() -> tuple[Site, RunConfig, SliceCache]:
 def _local_learner(
     site: Site, config: RunConfig, run: str, before: int | None = None
 ) -> tuple[Learner, LocalState, int]:
-    """What learns here, as the last round, before a given one, left it; and that round."""
+    """Return this hospital's learner as the last round before a given one left it, and that round's number."""
     learner = build_learner(config, best_device())
     state = LocalState(site.state / "runs" / run)
     return learner, state, state.restore(learner, before)

@@ -29,7 +29,7 @@ SHOWN = 3  # of those left out for one reason
 
 @app.callback()
 def about() -> None:
-    """What a hospital does with its own data; nothing of it leaves."""
+    """Commands for a hospital's own data; none of them sends anything."""
 
 
 @app.command("ingest")
@@ -52,7 +52,7 @@ def ingest_command(
 def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
     """Read every image as ingest would and say whether the data are ready: check.html and check.json beside SITE_YAML.
 
-    Ends with 0 if they are ready, 1 if not, 2 if it could not look.
+    Exits with 0 if they are ready, 1 if not, 2 if they could not be checked.
     """
     from client.check.check import (  # the page's libraries are slow to load, and only this command needs them
         check,
@@ -198,7 +198,7 @@ def join_command(
         findings = check_ready(site)
         for finding in findings:
             say(f"{'ok  ' if finding.good else 'NOT '} {finding.what}: {finding.text}")
-        # A centre that is down comes back; the rest does not mend itself.
+        # A centre that is down comes back; the rest must be fixed by a person.
         if any(not finding.good and (check or install or finding.what != "connection") for finding in findings):
             raise typer.Exit(1)
         if check:
@@ -234,7 +234,7 @@ def report_text(name: str, report: IngestReport) -> str:
 
 
 def faults_text(faults: tuple[Fault, ...]) -> str:
-    """What was left out, a line per reason, most first."""
+    """Return what was left out, a line per reason, most frequent first."""
     text = ""
     for reason, which in by_reason(faults):
         shown = ", ".join(which[:SHOWN]) + (f" and {len(which) - SHOWN} more" if len(which) > SHOWN else "")

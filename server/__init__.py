@@ -1,1 +1,1 @@
-"""What runs at the coordinating centre and never sees a pixel of a training hospital; imports shared."""
+"""The code of the coordinating centre, which never sees a pixel of a training hospital; imports shared."""

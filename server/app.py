@@ -77,7 +77,7 @@ log = logging.getLogger("hemafed.server")
 app = ServerApp()
 
 MOST_ADAM_RATE = 0.1
-# What would end the same if it were tried again.
+# Errors that a retry cannot fix.
 FINAL = (
     QuorumError,
     ConfigError,
@@ -238,5 +238,5 @@ def finish(run: Path, members: list[Participant]) -> None:
 
 
 def _public(member: Participant) -> dict:
-    """What the summary says of a hospital."""
+    """Return the summary's entry for a hospital."""
     return {"role": member.role, "weight": member.weight, **member.counts}

@@ -38,7 +38,7 @@ SiteName = Annotated[str, typer.Argument(help="the hospital's public name")]
 
 @app.callback()
 def about() -> None:
-    """What the coordinating centre does: the centre itself, its hospitals, runs and their results."""
+    """Commands of the coordinating centre: the centre itself, its hospitals, runs and their results."""
 
 
 @app.command()
@@ -216,7 +216,7 @@ def evaluate(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/latest")]) -> None:
-    """Write a run's summary and report.html anew, with the counts that held-out hospitals sent."""
+    """Rewrite a run's summary and report.html with the counts that held-out hospitals sent."""
     from server.evaluation.results_table import report_anew
 
     try:

@@ -30,7 +30,7 @@ class ConfigError(HemafedError, ValueError):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where results go and what makes the run repeat.
+    """Where results go, and the seed.
 
     Attributes:
       id: name of the run's folder; empty makes one from the date and the config.
@@ -47,7 +47,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained.
+    """The model to train.
 
     Attributes:
       variant: a key of shared.model.swin.VARIANTS.
@@ -77,7 +77,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the three tasks are weighed.
+    """Weights of the three tasks.
 
     Attributes:
       cls, seg, rec: weights; the paper's are 0.3, 0.4, 0.4 (arXiv:2505.06185, equation 1). A task of weight 0 is left
@@ -233,7 +233,7 @@ _ABOVE_ZERO = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is told."""
+    """The whole configuration of a run."""
 
     run: RunSettings = field(default_factory=RunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class HemafedError(Exception):
-    """Something that a person can mend: the text names the thing, the value, what was expected and the next step.
+    """An error that a person can fix: the text names the thing, the value, what was expected and the next step.
 
     A command prints it and ends. It names no patient.
     """

@@ -110,7 +110,7 @@ class Policy:
     Attributes:
       release: tensor groups, of TENSOR_GROUPS.
       metrics: whether counts and losses may leave.
-      min_patients: no number leaves that stands for fewer patients.
+      min_patients: no number leaves that covers fewer patients.
       accept: run config keys and the values that are accepted; a run with another is refused. Defaults are ACCEPT's.
       named: keys that policy.accept of site.yaml names.
       hours: from and to, the hospital's local time, between which it works for a run, past midnight too; None is always.

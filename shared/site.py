@@ -116,7 +116,7 @@ def read_site(path: Path) -> Site:
 
 
 def _name(path: Path, value: Any) -> str:
-    """A site's public name: it stands in messages, tables and file names."""
+    """Check a site's public name: it appears in messages, tables and file names."""
     name = typed(path, "site", value, str)
     if not is_name(name):
         raise SiteError(f"{path}: site is {name!r}, expected {NAME_WORDS}")

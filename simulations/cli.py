@@ -107,14 +107,14 @@ def demo(
 @app.command("federation")
 def federation_command(
     hospitals: Folder = Path("hospitals"),
-    folder: Annotated[Path, typer.Option(help="where the federation is made, anew")] = Path("federation"),
+    folder: Annotated[Path, typer.Option(help="where the federation is made, again")] = Path("federation"),
     preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT
     / "simulations"
     / "federation.toml",
     keys: Annotated[list[str] | None, typer.Option("--set", help="one more key, such as federation.rounds=3")] = None,
     seed: Seed = 0,
 ) -> None:
-    """A deployed centre and three hospitals on this machine, with a power cut at each, held against a simulation."""
+    """Run a deployed centre and three hospitals on this machine, cut the power of each, and compare with a simulation."""
     from simulations.rehearsal.rehearse import rehearse
 
     try:

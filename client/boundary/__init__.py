@@ -1,1 +1,1 @@
-"""What a security reviewer reads: what may come in, what may leave, and the record of both."""
+"""The hospital's boundary: what may come in, what may leave, and the record of both. A security review starts here."""

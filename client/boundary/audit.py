@@ -3,7 +3,7 @@
 One JSON object per line in `audit.jsonl` of the site's state folder. An entry's hash covers its content and the hash of the
 entry before, so that whoever changes, inserts or removes a line breaks every hash after it. Removing the last lines breaks
 nothing, so the newest hash goes to the coordinating centre with every reply: an older one that the centre kept must be
-found in the chain. Nothing of a patient stands here: names, shapes, sizes and norms of what left, and refusals.
+found in the chain. Nothing about a patient is recorded: names, shapes, sizes and norms of what left, and refusals.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AuditError(Refused):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a look at an audit log found.
+    """Result of checking an audit log.
 
     Attributes:
       entries: whole entries.
@@ -67,7 +67,7 @@ def record(folder: Path, event: str, facts: Mapping[str, object], most: int = _L
     Returns:
       The entry's hash, 64 hexadecimal digits.
     Raises:
-      AuditError: it cannot be written; the folder's place is not told.
+      AuditError: it cannot be written; the text does not name the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _hash(content: Mapping[str, object]) -> str:
 
 
 def _end(file: BinaryIO) -> tuple[str, bool, bytes]:
-    """Hash of the last whole entry, whether its file ends within a line, and what stands in that line if it is no entry."""
+    """Return the hash of the last whole entry, whether the file ends within a line, and that line if it is no entry."""
     size, tail = file.seek(0, os.SEEK_END), _TAIL
     while True:  # a log of an older version may hold longer lines
         begin = max(0, size - tail)
@@ -240,7 +240,7 @@ def verify(folder: Path, known: tuple[str, ...] = ()) -> Verdict:
 
 
 def contents(content: RecordDict) -> dict[str, object]:
-    """What a reply holds, for its entry: names, shapes, bytes, norms and a hash of tensors; numbers and facts as they are."""
+    """Describe a reply for its entry: names, shapes, bytes, norms and a hash of tensors; numbers and facts as they are."""
     described: dict[str, object] = {}
     for name, record in sorted(content.items()):
         if isinstance(record, ArrayRecord):

@@ -1,9 +1,9 @@
-"""Which code may run in the hospital: what it installed and reviewed, and nothing that a server sends.
+"""Check the code that may run in the hospital: what it installed and reviewed, nothing that a server sends.
 
 A run brings an app bundle, the centre's own copy of the code. The hospital never unpacks, imports or installs it: the
 bundle's bytes are read in memory, within bounds, for two things: the hash of the client code inside, which must be that of
 the hospital's own code, and the defaults of the run config. In the process that answers, modules can come from the
-installation alone, whatever stands on the import path (InstalledOnly).
+installation alone, whatever is on the import path (InstalledOnly).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _hash_of(files: dict[str, bytes], what: str) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What the hospital takes from a run's app bundle.
+    """The parts of a run's app bundle that the hospital uses.
 
     Attributes:
       code: hash of the client code inside, counted as `code_hash` counts it.
@@ -154,7 +154,7 @@ def _read_entries(archive: zipfile.ZipFile) -> dict[str, bytes]:
 class InstalledOnly(MetaPathFinder):
     """Import finder that lets through what is installed, and raises ImportError for everything else.
 
-    It stands first on sys.meta_path and asks the other finders itself, so that no later change of sys.path adds a place to
+    It is first on sys.meta_path and asks the other finders itself, so that no later change of sys.path adds a place to
     import from.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a hospital knows of a run's global model, and what a model must be near to in order to be the run's.
+"""The hospital's record of a run's global model, and the test whether a model it is sent can belong to that run.
 
 A centre chooses the tensors that it sends. Were it free in those that it has tested, every pixel of a slice could be read
 through the counts of a test. So a test takes a model only if the hospital can tie it to the run: the initial model follows
@@ -36,7 +36,7 @@ class ModelNotOfRunError(Refused):
 
 @dataclass(frozen=True)
 class Footing:
-    """What is kept of the last round that the hospital trained; stays on its disk.
+    """Record of the last round that the hospital trained; stays on its disk.
 
     Attributes:
       round_number: of that round.
@@ -148,7 +148,7 @@ def _reaches(config: RunConfig, footing: Footing, last: int) -> tuple[Tensors, d
 
 
 def _reach(config: RunConfig, step: float, missed: int, size: int) -> float:
-    """How far the global tensors of a part can have gone since the hospital's last round began."""
+    """Return how far the global tensors of a part can have moved since the hospital's last round began."""
     settings = config.federation
     if settings.strategy == "fedadam":
         once = max(REACH * step, ADAM_REACH * settings.server_learning_rate * math.sqrt(size))

@@ -2,7 +2,7 @@
 
 `admit` is asked before anything is computed: a run config outside of what site.yaml accepts, or work outside of its hours,
 is refused. `enforce` is the last thing that touches a reply before Flower sends it: whatever the code before it
-did, a tensor of a group that site.yaml does not release, or a number that stands for too few patients, does not pass. No
+did, a tensor of a group that site.yaml does not release, or a number over too few patients, does not pass. No
 server, run config or message can change the policy; it is read from the hospital's own file.
 """
 
@@ -96,7 +96,7 @@ def within_hours(hours: tuple[time, time], now: datetime) -> bool:
 
 
 def metrics_refusal(site: Site, patients: int) -> str:
-    """Why numbers over `patients` patients may not leave; empty if they may."""
+    """Return why numbers over `patients` patients may not leave; empty if they may."""
     if not site.policy.metrics:
         return "policy.metrics is false"
     if patients < site.policy.min_patients:

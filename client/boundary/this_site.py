@@ -1,4 +1,4 @@
-"""Which hospital a message is answered for, and under which run config; each is read once a message."""
+"""The hospital and run config of the message being answered; each is read once per message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Node:
 
     @property
     def simulated(self) -> bool:
-        """Whether this node stands for a synthetic hospital: it has a partition id and no site.yaml of its own."""
+        """Whether this node simulates a hospital: it has a partition id and no site.yaml of its own."""
         return "site" not in self._context.node_config
 
     @cached_property
@@ -56,7 +56,7 @@ _NODE: ContextVar[Node | None] = ContextVar("node", default=None)
 
 @contextmanager
 def opened(context: Context, site: Site | None = None) -> Iterator[Node]:
-    """The node of a message while it is answered; whoever asks inside of it gets the same one."""
+    """Open the node of a message while it is answered; `this_node` returns it to the code inside."""
     node = _NODE.get() or Node(context, site)
     token = _NODE.set(node)
     try:
@@ -76,7 +76,7 @@ def this_node() -> Node:
 def _find_site(context: Context, node: Node) -> Site:
     """The hospital of this node.
 
-    A deployed node names its site.yaml in its own node config. A simulated node has a partition id instead and stands
+    A deployed node names its site.yaml in its own node config. A simulated node has a partition id instead and acts
     for the training hospital with that number below `simulation.hospitals`.
     """
     place = context.node_config

@@ -40,7 +40,7 @@ HELLO = "query.hello"
 def way_out(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Flower mod around every handler: the first code that sees a message, and the last before a reply leaves the hospital.
 
-    What is asked must be what the hospital's policy accepts, what is answered what it releases, and both stand in its audit
+    The question must be one that the hospital's policy accepts, the answer one that it releases, and both are in its audit
     log before anything leaves.
     A handler that returned nothing or a reply that could not be made would block the hospital's Flower node for all
     later runs, so there is a reply in every case.
@@ -90,7 +90,7 @@ def _admit_question(node: Node, message: Message) -> int | None:
 
 
 def _asked(message: Message, context: Context) -> dict[str, object]:
-    """What the server asked, for the audit log: its run, the kind of message and the run config where it is not the default."""
+    """Describe the question for the audit log: its run, the kind of message and the run config where it is not the default."""
     orders = message.content.config_records if message.has_content() else {}
     order: Mapping[str, object] = orders.get("config", {})
     default = RunConfig().flat()

@@ -1,1 +1,1 @@
-"""What is wrong with a hospital's data, before anybody trains on them."""
+"""Checks of a hospital's data before a training run."""

@@ -62,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
       site, role: as in site.yaml.
@@ -110,7 +110,7 @@ class Check:
 def pseudonyms_of(site: Site) -> tuple[Pseudonyms, bool]:
     """A hospital's pseudonyms without writing, and whether they are temporary: before the first ingest there is no key.
 
-    The key is then the hash of every path, size and time in the folder: whoever has the folder gets the same, nobody else.
+    The key is then the hash of every path, size and time in the folder, so only somebody with the folder can make it.
     """
     if (site.state / "key").is_file():
         return Pseudonyms(site.key()), False
@@ -133,7 +133,7 @@ def check(site: Site, workers: int | None, progress: Progress) -> Check:
     Args:
       site: whose.
       workers: processes; by default one per core.
-      progress: told "headers" or "series", how many are done, and how many there are.
+      progress: called with "headers" or "series", how many are done, and how many there are.
     """
     pseudonyms, temporary = pseudonyms_of(site)
     files = walk(site, pseudonyms)
@@ -284,11 +284,11 @@ def mask_account(found: Survey, tallies: Iterable[Tally], faults: Iterable[Fault
 
 
 def notes(site: Site, splits: Mapping[str, Mapping[str, int]], unknown: bool) -> tuple[str, ...]:
-    """What the splits mean for what may leave.
+    """Explain what the splits mean for what may leave.
 
     Args:
       splits: split -> patients and more.
-      unknown: the first ingest will deal them anew; their sizes stay.
+      unknown: the first ingest draws them again; their sizes stay.
     """
     least, lines = site.policy.min_patients, []
     meaning = {
@@ -309,7 +309,7 @@ def notes(site: Site, splits: Mapping[str, Mapping[str, int]], unknown: bool) ->
 
 
 def _tables(series: Iterable[CtSeries]) -> dict[str, dict[str, int]]:
-    """How many series have which scanner, kernel, geometry and syntax."""
+    """Count series by scanner, kernel, geometry and syntax."""
     tables: dict[str, Counter[str]] = defaultdict(Counter)
     for one in series:
         first = one.slices[0]
@@ -328,7 +328,7 @@ def _tables(series: Iterable[CtSeries]) -> dict[str, dict[str, int]]:
 
 
 def describe_choice(choice: Choice, series: dict[str, CtSeries]) -> str:
-    """What was taken of a study, in words."""
+    """Describe which series of a study was taken."""
     taken = "; ".join(describe(series[name]) for name in choice.taken if name in series)
     return f"{taken}: {choice.reason}"
 

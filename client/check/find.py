@@ -1,6 +1,6 @@
-"""What is behind a code of a report: for the eyes of those who may open the folder, on the screen alone.
+"""Look up the file, series, study or patient behind a code of a report; for those who may open the folder, on screen only.
 
-Reports name files, series, studies and patients by keyed hashes. Whoever has the folder and the key gets the path or
+Reports name files, series, studies and patients by keyed hashes. A user with the folder and the key gets the path or
 the patient's identifier back; nothing is written.
 """
 
@@ -19,7 +19,7 @@ _TAGS = {"series": "SeriesInstanceUID", "study": "StudyInstanceUID", "patient": 
 
 
 def find(site: Site, codes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What codes stand for.
+    """Yield what codes mean.
 
     Args:
       site: whose report they are from.
@@ -41,7 +41,7 @@ def find(site: Site, codes: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _find_in_headers(
     files: Sequence[FoundFile], pseudonyms: Pseudonyms, open_codes: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Codes of what stands in the files; reads headers until every code is found."""
+    """Look up codes in the files' headers until every code is found."""
     for f in files:
         if f.refused or not open_codes:
             continue

@@ -1,4 +1,4 @@
-"""What a check has read, for those who look for problems in it. Stays in the hospital. Shape suffix: N slice."""
+"""The data that a check has read, in which problems are looked for. Stays in the hospital. Shape suffix: N slice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHO = "'hemafed-client find SITE_YAML CODE' tells who that is"
 
 @dataclass(frozen=True)
 class Found:
-    """What a check has read.
+    """The data that a check has read.
 
     Attributes:
       site: whose.

@@ -1,4 +1,4 @@
-"""Patients that cannot be told apart, or are told apart wrongly: what anonymisers do to identifiers.
+"""Find patients that cannot be told apart, or are told apart wrongly, after an anonymiser changed identifiers.
 
 In: what a check has read. Out: problems in words. Stays in the hospital.
 """

@@ -1,4 +1,4 @@
-"""What would spoil training, or hide that half of a hospital's data is missing, in words.
+"""Problems that would spoil training, or hide that half of a hospital's data is missing.
 
 In: everything that a check has read. Out: sentences, each with what was found and the next step. Patients appear as keyed
 hashes. Stays in the hospital.

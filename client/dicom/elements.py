@@ -33,7 +33,7 @@ MOST_INFLATED_BYTES = 1 << 29  # a deflated file is inflated in memory
 
 @dataclass(frozen=True)
 class DicomFile:
-    """What was read of a file before its pixels.
+    """The elements of a file before its pixels.
 
     Attributes:
       ds: elements, not yet decoded.
@@ -144,7 +144,7 @@ def identifier(ds: pydicom.Dataset, keyword: str) -> str:
     """An element of one value that tells things apart, whole, "" if absent.
 
     It is not split at backslashes: these are half of a character in ISO 2022, GB 18030 and Shift JIS, and two patients must
-    not become one because their names share a byte. What cannot be decoded stands as its bytes.
+    not become one because their names share a byte. Text that cannot be decoded is kept as its bytes.
     """
     element = _element(ds, keyword)
     if element is None or element.value is None:

@@ -1,4 +1,4 @@
-"""What was left out, by reason: one group for one reason, whatever numbers stand in it.
+"""Data that were left out, grouped by reason whatever numbers the reason contains.
 
 Stays in the hospital.
 """
@@ -36,7 +36,7 @@ def by_reason(faults: Iterable[Fault]) -> list[tuple[str, list[str]]]:
     """Groups of faults, largest first.
 
     Returns:
-      Reason, and what was left out for it. Where only its numbers and codes differ, the first one's stand for all.
+      Return each reason and what was left out for it. Reasons that differ only in numbers and codes are one; the first is shown.
     """
     groups: dict[str, list[Fault]] = defaultdict(list)
     for fault in faults:
@@ -50,7 +50,7 @@ def by_reason(faults: Iterable[Fault]) -> list[tuple[str, list[str]]]:
 
 
 def commonest(faults: Iterable[Fault]) -> str:
-    """The reason that most faults have, and how many: the cause to look at first; "" without faults."""
+    """Return the most frequent reason and its count, the cause to look at first; "" without faults."""
     groups = by_reason(faults)
     if not groups:
         return ""

@@ -72,7 +72,7 @@ class CtSlice:
       pixel_offset: where Pixel Data begins in the file; -1 in a deflated file.
       frames, bits_allocated, bits_stored, signed: how pixels are stored (PS3.5 8.1).
       slope, intercept: HU = slope * stored + intercept (PS3.3 C.11.1).
-      padding: least and largest stored value that stands for no measurement (PS3.3 C.7.5.1.1.2); None without.
+      padding: least and largest stored value that means no measurement (PS3.3 C.7.5.1.1.2); None without.
       kernel: ConvolutionKernel.
       scanner: maker and model.
       body: BodyPartExamined; shown, never decided on.

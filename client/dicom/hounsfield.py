@@ -32,7 +32,7 @@ def histogram(hu_YX: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def implausible(counts: NDArray[np.int64]) -> str | None:
-    """Why a series' values cannot be HU, with the measured numbers; None if they can.
+    """Return why a series' values cannot be HU, with the measured numbers; None if they can.
 
     Args:
       counts: sum of `histogram` over the series' slices, int64 (BINS,).
@@ -53,7 +53,7 @@ def implausible(counts: NDArray[np.int64]) -> str | None:
 
 
 def _cause(counts: NDArray[np.int64]) -> str:
-    """What makes values like these most often."""
+    """Return the most frequent cause of values like these."""
     total = max(1, counts.sum())
     if counts[: _bin(PADDED_BELOW_HU)].sum() > LEAST_TISSUE * total and not _count(counts, TISSUE_RANGE_HU):
         return "A rescale that was applied twice is the common cause"

@@ -1,4 +1,4 @@
-"""What a JPEG, JPEG-LS or JPEG 2000 stream says of itself, looked at before a decoder believes it.
+"""Headers of JPEG, JPEG-LS and JPEG 2000 streams, checked before a decoder relies on them.
 
 A stream can be cut, claim a size that fills the memory, or be lossy under a lossless transfer syntax: decoders take all of
 these without a word. Stays in the hospital.

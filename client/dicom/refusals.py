@@ -1,4 +1,4 @@
-"""What is filed as CT and is no axial CT image in HU, and what a damaged or contradictory file would turn into wrong values.
+"""Refuse files labelled CT that are no axial CT image in HU, and damaged or contradictory files that would give wrong values.
 
 In: the elements of one file. Out: nothing, or a DicomError with the value found and what was expected. Stays in the hospital.
 """
@@ -86,7 +86,7 @@ def check_syntax(ds: pydicom.Dataset, accept_lossy: bool) -> bool:
 
 
 def storage(ds: pydicom.Dataset, frames: int) -> dict[str, object]:
-    """How pixels are stored (PS3.5 8.1.1, PS3.3 C.8.2.1)."""
+    """Check how pixels are stored (PS3.5 8.1.1, PS3.3 C.8.2.1)."""
     rows, columns = integer(ds, "Rows") or 0, integer(ds, "Columns") or 0
     if not (SIDES_PX[0] <= rows <= SIDES_PX[1] and SIDES_PX[0] <= columns <= SIDES_PX[1]):
         raise DicomError(f"{rows} x {columns} pixels, expected {SIDES_PX[0]} to {SIDES_PX[1]} rows and columns")
@@ -141,7 +141,7 @@ def check_pixels(file: DicomFile, path: Path, stored: Mapping[str, Any]) -> None
 
 
 def stored_bytes(stored: Mapping[str, Any]) -> int:
-    """How long uncompressed pixels are; a few bytes more are padding, a row or column more another picture (PS3.5 8.1.1)."""
+    """Check the length of uncompressed pixels; a few more bytes are padding, a row or column more is another picture (PS3.5 8.1.1)."""
     return stored["shape"][0] * stored["shape"][1] * stored["frames"] * stored["bits_allocated"] // 8
 
 

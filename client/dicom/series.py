@@ -55,7 +55,7 @@ class CtSeries:
 
     @property
     def sheared_mm(self) -> float:
-        """How far the slices are shifted against each other in their own plane, from the first to the last: a gantry's tilt."""
+        """Return the in-plane shift from the first slice to the last: a gantry's tilt."""
         first, last = self.slices[0], self.slices[-1]
         way = np.subtract(last.position_mm, first.position_mm)
         return max(abs(float(way @ np.array(first.row_direction))), abs(float(way @ np.array(first.column_direction))))
@@ -151,7 +151,7 @@ _TOLERANCES = (SPACING_TOLERANCE, DIRECTION_TOLERANCE)
 
 
 def _signature(s: CtSlice) -> tuple:
-    """What all images of one series share, in the order of _SHARED.
+    """Return the values that all images of a series share, in the order of _SHARED.
 
     How pixels are stored and rescaled is not among them: HU are right all the same, or client/ingest/read_series.py finds that not.
     """
@@ -185,7 +185,7 @@ def _differing(*signatures: tuple) -> str:
 
 
 def _flags(series: CtSeries) -> tuple[str, ...]:
-    """What a reader of the report should know about a series."""
+    """Return notes on a series for the report."""
     first = series.slices[0]
     gaps = np.diff([s.height_mm for s in series.slices])
     flags = {
@@ -216,7 +216,7 @@ def sharpness(image: CtSlice) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which series of a study was taken.
+    """Choice of one series of a study.
 
     Attributes:
       study: keyed hash.
@@ -234,7 +234,7 @@ def choose(
 ) -> tuple[list[CtSeries], list[Choice], list[Fault]]:
     """One series per study: the axial original one with a brain kernel.
 
-    What somebody labelled or drew a mask on comes first, and all of it; then no contrast agent, an original image, a
+    Annotated series come first, and all of them; then no contrast agent, an original image, a
     soft kernel, a distance of slices near 5 mm, more slices. Ties are broken by name.
 
     Args:
@@ -288,7 +288,7 @@ def _rank(series: CtSeries) -> tuple:
 
 
 def _drawback(other: CtSeries, chosen: CtSeries, annotated: Mapping[str, str]) -> str:
-    """Why a series lost against the one that was taken."""
+    """Return why a series was not chosen."""
     if chosen.name in annotated:
         return "labels and masks refer to another series of its study"
     worse = next((c for c, a, b in zip(_CRITERIA, _rank(other), _rank(chosen), strict=False) if a > b), "the same kind")

@@ -1,7 +1,7 @@
 """A hospital's files to its slice cache.
 
 In: a Site. Out: the cache of shared/slices and a report of what was taken and what was left out. An unchanged folder
-costs a walk; a changed one, what changed; an ingest that was killed goes on where it was. Patients and series are keyed
+costs a walk; a changed one, what changed; an ingest that was killed resumes. Patients and series are keyed
 hashes from the moment a file is read. The split is decided once per patient and kept, so nobody moves to the test when
 patients are added.
 
@@ -47,7 +47,7 @@ class IngestError(HemafedError, ValueError):
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did; for the hospital's own eyes.
+    """Result of an ingest; stays in the hospital.
 
     Attributes:
       slices, patients, series: counts in the cache.
@@ -80,7 +80,7 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
     Args:
       site: where the files are and where the cache goes.
       workers: processes; by default one per core.
-      progress: told "headers" or "series", how many are done, and how many there are.
+      progress: called with "headers" or "series", how many are done, and how many there are.
     Returns:
       Counts and faults.
     Raises:
@@ -105,7 +105,7 @@ def ingest(site: Site, workers: int | None = None, progress: Progress = _silent)
     except OSError as error:
         raise IngestError(
             f"site {site.name!r}: stopped by the system ({error.strerror or type(error).__name__}); the cache is as it was: "
-            "make room on the disk, or give permission to write cache and state, and start again; it goes on where it was"
+            "make room on the disk, or give permission to write cache and state, and start again; it resumes where it stopped"
         ) from error
 
 
@@ -234,7 +234,7 @@ def _current_report(site: Site, manifest: str, files: int) -> IngestReport | Non
         read_cache(site.cache)
         counts = {name: head[name] for name in ("slices", "patients", "series", "positives", "unlabelled", "masked")}
         faults = tuple(Fault(**fault) for fault in head["faults"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or damaged: it is written anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or damaged: it is written again
         return None
     return IngestReport(**counts, files=files, read=0, faults=faults, unchanged=True)
 

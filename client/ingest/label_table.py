@@ -100,7 +100,7 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 
 
 def _no_columns(table: str, columns: Sequence[str]) -> str:
-    """What to say of a table without the columns that are needed; its own words are shown where they resemble these."""
+    """Return the error for a table without the needed columns; shows the table's columns that resemble them."""
     expected = "expected series_uid, sop_uid or slice_index, and hypodensity"
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if len(columns) <= 2 and any(separator in column for column in columns):
@@ -118,7 +118,7 @@ def _no_columns(table: str, columns: Sequence[str]) -> str:
 
 
 def _wrong(uid: str, where: str, value: str, place: str) -> str:
-    """What is wrong with a line, "" if nothing is."""
+    """Return what is wrong with a line, "" if nothing is."""
     for name, text in (("series_uid", uid), (place, where if place == "sop_uid" else "")):
         if _ROUNDED.fullmatch(text) or _CUT_DIGITS.fullmatch(text):
             return f"{name} is no UID: {_AS_TEXT}"
@@ -148,7 +148,7 @@ def table_digest(site: Site) -> str:
 
 
 def _closed(table: Path, error: OSError) -> LabelError:
-    """What to say of a table that cannot be opened."""
+    """Return the error for a table that cannot be opened."""
     return LabelError(
         f"{table.name} cannot be opened ({error.strerror}); give permission to read it, or correct data.labels"
     )

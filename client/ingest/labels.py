@@ -1,4 +1,4 @@
-"""What a hospital says of its slices and patients: which label belongs to which image, and the split of its patients.
+"""Labels of images, and the split of patients.
 
 Stays in the hospital.
 """
@@ -21,7 +21,7 @@ SPLIT_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 def match_labels(
     rows: Sequence[LabelRow], series: Sequence[CtSeries], table: str, lost: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str], list[Fault]]:
-    """Which label belongs to which image.
+    """Match labels to images.
 
     Args:
       rows: of the table.
@@ -74,14 +74,14 @@ def match_labels(
 
 
 def _no_series(row: LabelRow, lost: Mapping[str, str]) -> str:
-    """Why a line's series is not among those that were taken."""
+    """Return why a line's series is not among those that were taken."""
     if row.series in lost:
         return f"its series was left out: {lost[row.series]}"
     return "its series is not in data.images, or its files were left out"
 
 
 def _miscounted(indexes: set[int], slices: int) -> str:
-    """Why the slice numbers of a series cannot be used: with an image missing, every later one would mean its neighbour."""
+    """Return why the slice numbers of a series cannot be used: with an image missing, every later number would mean its neighbour."""
     if indexes == set(range(1, slices + 1)):
         return f"slice_index counts from 1 to {slices}, expected 0 to {slices - 1} from the feet up; subtract 1 on every line"
     return (
@@ -91,7 +91,7 @@ def _miscounted(indexes: set[int], slices: int) -> str:
 
 
 def assign_splits(patients: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
-    """The split of every patient: who has one keeps it, who is new goes where most are missing.
+    """Assign a split to every patient: known patients keep theirs; new ones go to the split furthest below its share.
 
     Args:
       patients: hashes; new ones are taken in their order, which says nothing about the patient.

@@ -35,7 +35,7 @@ OFF_HEAD_SHARE = 0.1  # of a mask's pixels in a series
 
 @dataclass(frozen=True)
 class SeriesJob:
-    """What a worker needs for one series.
+    """Job of a worker: one series.
 
     Attributes:
       series, masks: the images and the mask files that belong to them.
@@ -110,7 +110,7 @@ class CachedSeries:
 
 
 def read_part(job: SeriesJob) -> CachedSeries:
-    """Read, check and resample one series; what cannot be used of it is told in the part's faults."""
+    """Read, check and resample one series; the parts of it that cannot be used are in the result's faults."""
     try:
         return _read_part(job)
     except Exception as error:  # one bad series never stops a hospital's ingest
@@ -148,7 +148,10 @@ def _read_part(job: SeriesJob) -> CachedSeries:
     good = _plausible(job.series, rows, rescales, counts, faults)
     if off > OFF_HEAD_SHARE * inside:
         faults.append(
-            Fault(f"series {series.name}", f"{off} of {inside} pixels of its mask lie in air: is it its mask?")
+            Fault(
+                f"series {series.name}",
+                f"{off} of {inside} pixels of its mask lie in air; the mask may belong to another series",
+            )
         )
     shape = (len(good), SIDE_PX, SIDE_PX)
     rows = [rows[n] for n in good]
@@ -231,7 +234,7 @@ def _slices(
 
 
 def _beside_mm(one: CtSlice, centre_mm: tuple[float, float]) -> float:
-    """How far a place is outside of a slice's picture, along the axis where it is farther; 0 or less inside."""
+    """Return how far a place is outside a slice's picture, along the axis where it is farther; 0 or less inside."""
     grid = upright_grid(one)
     shape = one.shape[::-1] if grid.transposed else one.shape
     offset_mm = grid.offset_mm(centre_mm)
@@ -261,7 +264,7 @@ def middle_slice(series: CtSeries) -> NDArray[np.int16] | None:
 
 
 def image_name(one: CtSlice) -> str:
-    """What messages call an image."""
+    """Return the name of an image in messages."""
     return f"file {one.file} frame {one.frame + 1}" if one.frames > 1 else f"file {one.file}"
 
 

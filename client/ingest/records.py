@@ -47,7 +47,7 @@ def append_records(
 def read_records(path: Path, site: Site, pseudonyms: Pseudonyms) -> dict[str, tuple[str, FileRecord]]:
     """Code -> stamp and record, as they were kept; paths are put back by scan. {} if made by another reader or key.
 
-    Where site.yaml's accept_lossy has changed, what it may decide is not among them: lossy images, and files left out.
+    If site.yaml's accept_lossy has changed, records that depend on it are dropped: lossy images, and files left out.
     """
     known: dict[str, tuple[str, FileRecord]] = {}
     try:
@@ -65,7 +65,7 @@ def read_records(path: Path, site: Site, pseudonyms: Pseudonyms) -> dict[str, tu
 
 
 def _maker(pseudonyms: Pseudonyms) -> list[Any]:
-    """What every record depends on beside its file."""
+    """Return what every record depends on beside its file."""
     return [READER_VERSION, pseudonyms.of_key()]
 
 

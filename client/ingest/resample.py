@@ -25,7 +25,7 @@ HEAD_GRID_MM = 4.0  # the head is found on a coarse grid
 
 @dataclass(frozen=True)
 class UprightGrid:
-    """Where the pixels of an upright picture lie.
+    """Position of the pixels of an upright picture.
 
     Attributes:
       transposed, flip_rows, flip_columns: what makes a slice's stored picture upright, in this order.
@@ -51,7 +51,7 @@ class UprightGrid:
 
 
 def upright_grid(image: CtSlice) -> UprightGrid:
-    """How a slice's picture is turned upright (PS3.3 C.7.6.2.1.1)."""
+    """Return how to turn a slice's picture upright (PS3.3 C.7.6.2.1.1)."""
     down, right = np.array(image.column_direction), np.array(image.row_direction)
     (rows, columns), (down_mm, right_mm) = image.shape, image.spacing_mm
     transposed = abs(right[0]) < abs(right[1])
@@ -75,7 +75,7 @@ def upright(pixels_YX: NDArray, grid: UprightGrid) -> NDArray:
 
 
 def head_centre(images: list[tuple[CtSlice, NDArray[np.float32]]]) -> tuple[float, float]:
-    """Where the head is in a series: the patient's x and y in mm.
+    """Return the centre of the head in a series: the patient's x and y in mm.
 
     The largest connected region that is not air, on a coarse grid, its bounding box's middle, the median over slices:
     one centre for the series, so that the head does not jump from slice to slice.

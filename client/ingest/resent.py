@@ -1,6 +1,6 @@
 """Slices that were sent twice: the same picture at the same place of one series, under another SOP instance UID.
 
-Archives that send a study again number its images anew. One of equal pictures is kept and answers to the names of all, so that
+Archives that send a study twice give its images new UIDs. One of equal pictures is kept and answers to the names of all, so that
 labels and masks find it under any of them. Stays in the hospital.
 """
 

@@ -51,7 +51,7 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file is; exactly one of the three is there.
+    """Content of a file; exactly one of the three is set.
 
     Attributes:
       images: its CT images.
@@ -66,7 +66,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a hospital's folders hold.
+    """Content of a hospital's folders.
 
     Attributes:
       files: every file, with its record.
@@ -127,7 +127,7 @@ def _walk(root: Path, place: str, pseudonyms: Pseudonyms, own: set[str]) -> Iter
 
 
 def _refusal(one: os.DirEntry) -> str:
-    """Why an entry of a folder is not opened; "" if it is."""
+    """Return why an entry of a folder is not opened; "" if it is."""
     if one.is_symlink():
         return "a symbolic link, expected a file; it may lead out of the folder"
     if one.name.startswith("."):
@@ -142,7 +142,7 @@ def _refusal(one: os.DirEntry) -> str:
 
 
 def denied_text(faults: Iterable[Fault]) -> str:
-    """What to say of files and folders that the system does not let this user open; empty if there are none."""
+    """Return the error for files and folders that this user may not open; empty if there are none."""
     which = [fault.what for fault in faults if fault.reason.endswith("cannot be opened (Permission denied)")]
     if not which:
         return ""
@@ -169,7 +169,7 @@ def scan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     keep: Callable[[list[tuple[FoundFile, FileRecord]]], None] = lambda pairs: None,
 ) -> Scan:
-    """What every file is.
+    """Find out what every file is.
 
     Args:
       site: whose folders were walked.
@@ -177,7 +177,7 @@ def scan(
       files: from walk.
       known: code -> stamp and record of the last ingest.
       crew: processes that read.
-      progress: told files read and files to read.
+      progress: called with files read and files to read.
       keep: given the new records as they come, for an ingest that may be stopped.
     """
     fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
@@ -211,7 +211,7 @@ def _one_by_one(
 
 
 def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool) -> FileRecord:
-    """What one file is."""
+    """Find out what one file is."""
     try:
         with open(found.path, "rb") as file:
             head = file.read(132)

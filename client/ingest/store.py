@@ -72,7 +72,7 @@ def read_journal(folder: Path) -> list[StoredSeries]:
 
 
 def _rows_of(path: Path, dtype: np.dtype) -> int:
-    """How many whole slices an array's file holds."""
+    """Return how many whole slices an array's file holds."""
     size = path.stat().st_size if path.is_file() else 0
     return max(0, size - len(_npy_head(dtype, 0))) // (SIDE_PX * SIDE_PX * dtype.itemsize)
 

@@ -1,4 +1,4 @@
-"""What a hospital's folder holds, before its pixels are read: series, masks, labels, and how they belong together.
+"""Survey of a hospital's folder before its pixels are read: series, masks, labels, and how they belong together.
 
 `ingest` and `check` both begin here, so that what the one reports is what the other takes. Stays in the hospital.
 """
@@ -69,11 +69,11 @@ def survey(
       site: whose.
       pseudonyms: the hospital's.
       files, known, crew, keep: as scan takes them.
-      progress: told "headers", how many files are read, and how many there are to read.
+      progress: called with "headers", how many files are read, and how many there are to read.
     Raises:
       LabelError: the label table cannot be used.
     """
-    rows = read_labels(site, pseudonyms)  # before the long part: a table's faults are soon mended
+    rows = read_labels(site, pseudonyms)  # before the long part: a table's faults are soon corrected
     found = scan(site, pseudonyms, files, known, crew, lambda done, total: progress("headers", done, total), keep)
     images, copies = without_copies(found.images, crew)
     series, refused, series_faults = build_series(images)

@@ -1,7 +1,7 @@
 """Worker processes that outlive a bad file.
 
 A decoder written in C can end its process on damaged data, or never end, and a process pool is then lost with all its jobs. A crew
-starts again, runs the jobs that were under way one by one, and gives back the one that ended its process as an error.
+restarts, runs the jobs that were under way one by one, and returns the one that killed its process as an error.
 Stays in the hospital.
 """
 

@@ -1,4 +1,4 @@
-"""What a mask file gives: the hematoma per image, and an account of its pieces that closes.
+"""Masks as drawn in a file: the hematoma per image, and an account that covers every piece.
 
 A piece is what a file is made of: a frame of a SEG, a contour of an RTSTRUCT, a layer of a NIfTI, a picture. Every piece is
 taken or left out with a reason; Tally asserts it. Stays in the hospital. Shape suffixes: Y row, X column.
@@ -59,7 +59,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one file draws on one series.
+    """Masks that one file draws on one series.
 
     Attributes:
       masks: segment's name -> image name -> uint8 (Y, X) of 0 and 1.
@@ -82,7 +82,7 @@ class Drawn:
 
 
 def choose_segments(found: Mapping[int, tuple[str, ...]], segments: Sequence[str | int]) -> list[int]:
-    """Which of a file's segments are the hematoma.
+    """Choose the segments of a file that are the hematoma.
 
     Args:
       found: number -> its names.

@@ -86,7 +86,7 @@ def fits(grid: Grid, series: CtSeries) -> bool:
 
 
 def _layer(grid: Grid, image: CtSlice) -> Layer | None:
-    """Where an image's pixels are in a volume: first voxel, (axis, step) along a row's pixels, (axis, step) down a column.
+    """Locate an image's pixels in a volume: first voxel, (axis, step) along a row's pixels, (axis, step) down a column.
 
     None if the pixels are not voxels of the volume, or not a whole layer of it.
     """
@@ -111,7 +111,7 @@ def _layer(grid: Grid, image: CtSlice) -> Layer | None:
 
 
 def misfit(grid: Grid, series: Sequence[CtSeries]) -> str:
-    """Why a NIfTI fits none of the series, or several, and what helps."""
+    """Return why a NIfTI fits none of the series, or several, and what to do."""
     fitting = sum(fits(grid, one) for one in series)
     found = f"its grid is that of {fitting} series, expected 1"
     if fitting:

@@ -1,4 +1,4 @@
-"""Which mask belongs to which images, whatever file it comes in.
+"""Match masks to images, whatever file they come in.
 
 A mask belongs to an image when its file refers to the image: DICOM SEG and RTSTRUCT by SOP instance UID, a SEG without
 references by the places of its frames, PNG by a file name that is a UID, NIfTI by a file name that is the series' UID or by
@@ -142,7 +142,7 @@ def dicom_mask(file: DicomFile, path: Path, pseudonyms: Pseudonyms, code: str) -
 
 
 def match_masks(files: Iterable[MaskFile], series: Sequence[CtSeries]) -> tuple[dict[str, list[MaskFile]], list[Fault]]:
-    """Which masks belong to which series.
+    """Match mask files to series.
 
     Returns:
       Series name -> its mask files, all of one kind; and what belongs to none.
@@ -257,11 +257,11 @@ def _spoiled(
     if not broken:
         return {}
     if {file.kind for file in files} != {"png"}:
-        reason = "another mask file of its series cannot be used, and a mask would be half a mask; mend that one"
+        reason = "another mask file of its series cannot be used, and a mask would be half a mask; correct that one"
         return dict.fromkeys(drawn, reason)
     lost = {file.name for file in broken}
     images = {s.image for s in series.slices if lost & {s.instance, *s.copies}}
-    reason = "another mask file of its image cannot be used; mend that one"
+    reason = "another mask file of its image cannot be used; correct that one"
     return {file: reason for file, one in drawn.items() if images & one.looked}
 
 
@@ -271,10 +271,10 @@ def refused(file: MaskFile, reason: str) -> Tally:
 
 
 def _read(file: MaskFile, series: CtSeries, pseudonyms: Pseudonyms, segments: Sequence[str | int]) -> Drawn:
-    """What one file draws on a series.
+    """Read the masks that one file draws on a series.
 
     Raises:
-      DicomError: the file is damaged, its segment is not told, or its grid or frame of reference is another.
+      DicomError: the file is damaged, its segment is not named, or its grid or frame of reference is another.
     """
     try:
         if file.kind == "png":
@@ -303,7 +303,7 @@ def _check_one_segment(drawn: Iterable[Drawn], segments: Sequence[str | int]) ->
 
 
 def _remarks(file: MaskFile, tally: Tally, series: CtSeries) -> list[Fault]:
-    """What of a used file was left out and is missed."""
+    """Return what of a used file was left out and is missed."""
     missed = [
         Fault(f"file {file.file}", f"{count} of its {tally.total} {tally.kind} left out: {reason}")
         for reason, count in tally.left

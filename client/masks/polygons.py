@@ -93,12 +93,12 @@ def _within(inner: Points, outer: Points) -> bool:
 
 
 def _contains(polygon: Points, points: Points) -> NDArray[np.bool_]:
-    """Which points are inside of a polygon."""
+    """Return which points are inside a polygon."""
     return Polygon(np.vstack([polygon, polygon[:1]]), closed=False).contains_points(points)
 
 
 def _distance_below(points: Points, polygon: Points, limit: float) -> NDArray[np.bool_]:
-    """Which points are nearer to a polygon's edges than a limit."""
+    """Return which points are nearer to a polygon's edges than a limit."""
     near = np.zeros(len(points), bool)
     for start, end in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         along = end - start

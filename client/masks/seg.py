@@ -37,7 +37,7 @@ _BACKGROUND = "DCM:125040"  # a label map describes its background as a segment
 
 @dataclass(frozen=True)
 class SegHead:
-    """What a segmentation says of where it belongs.
+    """References of a segmentation to its images.
 
     Attributes:
       listed: SOP instance UIDs that it was made on (PS3.3 C.12.4, C.7.6.16.2.6).
@@ -53,7 +53,7 @@ class SegHead:
 
 
 def seg_head(seg: pydicom.Dataset) -> SegHead:
-    """Where a segmentation belongs, from its header.
+    """Read the references of a segmentation from its header.
 
     Raises:
       DicomError: it names no image, and does not say where all its frames lie.
@@ -173,7 +173,7 @@ def _check_space(seg: pydicom.Dataset, series: CtSeries, pseudonyms: Pseudonyms)
 
 
 def _regions(seg: pydicom.Dataset, names: Mapping[int, tuple[str, ...]], chosen: Sequence[int]):
-    """How a frame's stored values become masks: (values, segments) -> segment's name and uint8 (Y, X)."""
+    """Return the function that turns a frame's stored values into masks: (values, segments) -> segment's name and uint8 (Y, X)."""
     kind, called = _kind(seg), {n: (names[n] or (str(n),))[0].casefold() for n in chosen}
     most = int(seg.get("MaximumFractionalValue") or 0)
     if kind == "FRACTIONAL" and most <= 0:
@@ -276,7 +276,7 @@ def _macro(group: pydicom.Dataset, shared: pydicom.Dataset, name: str) -> pydico
 def _numbers(
     group: pydicom.Dataset, shared: pydicom.Dataset, macro: str, keyword: str, count: int
 ) -> tuple[float, ...]:
-    """What a functional group says in `count` numbers."""
+    """Read `count` numbers of a functional group."""
     item = _macro(group, shared, macro)
     values = None if item is None else item.get(keyword)
     try:

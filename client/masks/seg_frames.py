@@ -38,7 +38,7 @@ Frame = NDArray[np.unsignedinteger]
 
 
 def frames_of(seg: pydicom.Dataset, count: int) -> Callable[[int], Frame]:
-    """How to get a segmentation's frames.
+    """Return a reader of a segmentation's frames.
 
     Args:
       seg: read whole.

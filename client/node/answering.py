@@ -1,7 +1,7 @@
 """Keeps the process that answers (client/node/program.py) warm, and gives it one message at a time.
 
-It is started anew when it ended and when the installed code changed. Where it says that it cannot fork safely, each
-message gets a process of its own, which costs some seconds a message. Started by root, it runs as whoever owns the
+It is restarted when it ended and when the installed code changed. Where it reports that it cannot fork safely, each
+message gets a process of its own, which costs some seconds a message. Started by root, it runs as the owner of the
 hospital's site.yaml, who cannot read the node's private key.
 """
 
@@ -34,7 +34,7 @@ class AnswerError(Exception):
 
 
 class StoppedError(Exception):
-    """The daemon was told to stop, or the message's run ended, before the answer came."""
+    """The daemon was stopped, or the message's run ended, before the answer came."""
 
 
 class Answering:
@@ -149,7 +149,7 @@ def _hand_over(control: socket.socket, line: socket.socket) -> None:
 
 
 def answering_user(site_yaml: Path) -> dict[str, object]:
-    """Arguments of subprocess.Popen that make root's child a process of whoever owns site.yaml; none for others."""
+    """Return arguments of subprocess.Popen that make root's child run as the owner of site.yaml; none for other users."""
     if os.geteuid() != 0:
         return {}
     user, group = answering_owner(site_yaml)

@@ -1,6 +1,6 @@
 """One call to the centre: bounded in bytes and time, and every way in which it can fail as one of four errors.
 
-Nothing that a centre answers, or whatever stands before it, may end the daemon, fill its memory or keep a call for ever.
+No answer of a centre, or of a proxy before it, may end the daemon, fill its memory or block a call for ever.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RunOverError(NodeError):
 
 
 class CentreFaultError(NodeError):
-    """What the centre sent is larger than our bounds, or is not what its name says."""
+    """The centre's answer exceeds our bounds, or its content does not match its hash."""
 
 
 class TimedSocket(ssl.SSLSocket):
@@ -135,7 +135,7 @@ def call(method: Callable, request: object) -> object:
 
 
 def status_error(error: httpx.HTTPStatusError) -> NodeError:
-    """What an HTTP status means for this node."""
+    """Return what an HTTP status means for this node."""
     status = error.response.status_code
     if _flower_code(error.response.content) == NOT_ACTIVATED:
         return NotAdmittedError(

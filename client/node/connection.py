@@ -1,7 +1,7 @@
 """The hospital's node: one outgoing connection to the centre, through which messages come and replies go.
 
 It speaks Flower's Fleet API with Flower's own client, in place of Flower's SuperNode, which would unpack and install what the
-centre sends and would hand every message to whoever asks on a local port. Nothing listens here. This process holds the
+centre sends and would hand every message to anybody who asks on a local port. Nothing listens here. This process holds the
 node's private key; it reads names, sizes and hashes of what comes and gives the bytes to the process that answers
 (client/node/program.py).
 """

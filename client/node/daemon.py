@@ -47,7 +47,7 @@ RestrictSUIDSGID=true
 
 
 class Daemon:
-    """Keeps one hospital connected until it is told to stop."""
+    """Keeps one hospital connected until it is stopped."""
 
     def __init__(self, site: Site, site_yaml: Path, say: Callable[[str], None]):
         self._site, self._site_yaml = site, site_yaml.resolve()
@@ -181,7 +181,7 @@ class Daemon:
 
 
 def _private_centre(site: Site, site_yaml: Path) -> Centre:
-    """What is known of the centre; as root, in a folder that the process that answers cannot exchange."""
+    """Return what is known of the centre; as root, from a folder that the answering process cannot replace."""
     centre = read_known_centre(site)
     if os.geteuid() != 0:
         return centre
@@ -191,7 +191,7 @@ def _private_centre(site: Site, site_yaml: Path) -> Centre:
 def site_unit(site_yaml: Path, user: bool) -> str:
     """A systemd unit for the daemon.
 
-    Of the system, the connection with the node's key is root's and answers are computed as whoever owns site.yaml.
+    As a system service, root holds the connection with the node's key and answers are computed as the owner of site.yaml.
     """
     owner = user_name(site_yaml.stat().st_uid)
     return unit_text(

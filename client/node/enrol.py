@@ -59,7 +59,7 @@ policy:
 
 @dataclass(frozen=True)
 class Centre:
-    """What a hospital knows of its coordinating centre.
+    """The hospital's record of its coordinating centre.
 
     Attributes:
       folder: `centre/` of the site's state folder.
@@ -159,7 +159,7 @@ def _check_place(path: Path, site: str) -> None:
 
 
 def _check_invitation(path: Path, invitation: Invitation) -> None:
-    """That an invitation is not over, and that its parts are what they should be; its name will stand in a site.yaml."""
+    """Check that an invitation has not expired and that its parts are valid; its name goes into a site.yaml."""
     try:
         over = datetime.fromisoformat(invitation.expires) < datetime.now(UTC)
     except (ValueError, TypeError) as error:
@@ -183,7 +183,7 @@ def _check_invitation(path: Path, invitation: Invitation) -> None:
 
 
 def read_known_centre(site: Site, folder: Path | None = None) -> Centre:
-    """What a hospital knows of its centre.
+    """Read the hospital's record of its centre.
 
     Args:
       site: the hospital.

@@ -1,8 +1,8 @@
-"""What a message's parts become once they are put together, counted before they are.
+"""Count the size of a message before its parts are assembled.
 
 A few megabytes can name one piece a thousand times and become gigabytes. Nobody has looked at a signature then, so all
-that decides the size is counted from the heads and the lists of names: pieces as often as they stand in an array, arrays
-as often as they stand in a record.
+that decides the size is counted from the heads and the lists of names: pieces as often as they occur in an array, arrays
+as often as they occur in a record.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_parts(name: str, contents: Mapping[str, bytes]) -> None:
       name: of the message's own object.
       contents: name -> object; each name is its content's hash, so that no object can be below itself.
     Raises:
-      PartsError: an object is missing, malformed or of a kind that does not stand there, or there is too much.
+      PartsError: an object is missing, malformed or of a kind that is not allowed there, or there is too much.
     """
     try:
         if not contents[name].startswith(b"Message "):
@@ -79,7 +79,7 @@ def _check_overhead(contents: Mapping[str, bytes]) -> None:
 
 
 def _size(name: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
-    """Bytes of one object and of all below it, as often as they stand there."""
+    """Return the bytes of one object and of all below it, as often as they occur."""
     if name in known:
         return known[name]
     content = contents[name]
@@ -94,7 +94,7 @@ def _size(name: str, contents: Mapping[str, bytes], known: dict[str, int]) -> in
 
 
 def _places(kind: str, content: bytes, below: list[str]) -> list[str]:
-    """The children of an object, each as often as it stands there once it is put together."""
+    """Return the children of an object, each as often as it occurs in the assembled message."""
     if kind not in ("Array", "ArrayRecord"):
         return below
     told = json.loads(get_object_body(content, _KINDS[kind]))

@@ -221,7 +221,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _certificate_text(centre: Centre, error: ssl.SSLCertVerificationError) -> str:
-    """Why the centre's certificate is not taken."""
+    """Return why the centre's certificate is not accepted."""
     if "expired" in error.verify_message:
         return f"the certificate of {centre.address} has expired; the centre must run 'hemafed-server renew'"
     if "mismatch" in error.verify_message or "not valid for" in error.verify_message:

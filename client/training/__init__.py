@@ -1,1 +1,1 @@
-"""What a hospital computes in a run: its local rounds and its tests of the global model."""
+"""Computations of a hospital in a run: local rounds and tests of the global model."""

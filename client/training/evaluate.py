@@ -33,7 +33,7 @@ Answer = dict[str, dict[str, NDArray]]  # split -> arrays of its tally
 
 
 def counted_patients(cache: SliceCache, split: str) -> int:
-    """Patients of a split with a label or a mask: those whom counts stand for."""
+    """Count the patients of a split with a label or a mask."""
     rows = cache.rows(split)
     counted = ~np.isnan(cache.label[rows]) | cache.has_mask[rows]
     return len(np.unique(cache.patient[rows][counted]))
@@ -94,7 +94,7 @@ def evaluate_model(
 
 
 def patients_in(answer: Answer) -> int:
-    """The fewest patients that a split's counts stand for."""
+    """Return the fewest patients that a split's counts cover."""
     return min(int(arrays[PATIENTS][0]) for arrays in answer.values())
 
 
@@ -129,7 +129,7 @@ def _model_of_run(
 
 
 def _tensors(model: MultiTaskSwin, config: RunConfig, order: EvaluationOrder) -> tuple[Tensors, list[Tensors]]:
-    """What the order holds as arrays of known names, shapes and finite values."""
+    """Read the order's tensors as arrays of known names, shapes and finite values."""
     shapes = expected_shapes(model.state_dict(), TENSOR_GROUPS)
     encoder = from_record(order.encoder, {n: s for n, s in shapes.items() if group(n) == "encoder"})
     heads = {n: s for n, s in shapes.items() if group(n) != "encoder"}

@@ -28,7 +28,7 @@ class LocalState:
     """A run's heads and optimiser state on the hospital's disk; nothing of it leaves.
 
     One file per round, written beside its place and moved there in one step; the last KEPT_ROUNDS are kept, so that a round
-    which the server asks for again, after a crash, begins where it began, also where the server's newest checkpoint was
+    which the server asks for again, after a crash, begins where it began, even if the server's newest checkpoint was
     damaged and it goes on from the one before. Flower's context state would lose all this on
     a restart of the node, and silently above 400 MB.
 
@@ -64,7 +64,7 @@ class LocalState:
             raise self._unwritable(error) from error
 
     def footing(self) -> Footing | None:
-        """What save_footing wrote last; None if nothing was.
+        """Read what save_footing wrote last; None if nothing was.
 
         Raises:
           TrainError: the file is damaged.

@@ -36,7 +36,7 @@ class TrainError(Refused):
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one local round did; sums over slices, so that sites' numbers merge by addition.
+    """Result of a local round; sums over slices, so that sites' numbers merge by addition.
 
     Attributes:
       steps: optimiser steps.
@@ -135,7 +135,7 @@ def round_seed(seed: int, site: str, round_number: int) -> int:
 
 @dataclass(frozen=True)
 class Learner:
-    """What learns in a hospital.
+    """Model, losses and optimisers of a hospital.
 
     Attributes:
       model: the global encoder and this site's heads, on its own device.
@@ -189,7 +189,7 @@ def train_round(
       site, round_number: with the run's seed they decide the order of slices and the augmentation; on a CPU equal
         inputs give equal bits. Rounds count from 1.
       proximal_mu: FedProx (Li et al. 2020, arXiv:1812.06127, equation 2); 0 is FedAvg.
-      progress: told one line an epoch; no patient data.
+      progress: called with one line per epoch; no patient data.
     Returns:
       What was done; the caller's policy decides whether it may leave.
     Raises:
@@ -251,7 +251,7 @@ def train_step(
     learner.optimisers.zero_grad()
     balance.prepare(losses, model.last_shared())
     (total + proximal_term(model, anchor, proximal_mu)).backward()
-    for name, parameter in model.named_parameters():  # nor do weight decay and FedProx move what has no task
+    for name, parameter in model.named_parameters():  # weight decay and FedProx leave heads without a task unchanged
         if getattr(config.loss, name.partition(".")[0], 1) == 0:
             parameter.grad = None
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm or math.inf)

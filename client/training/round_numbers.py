@@ -28,7 +28,7 @@ LOSSES = ("cls", "seg", "rec", "total")
 
 @dataclass(frozen=True)
 class RoundNumbers:
-    """What leaves beside a round's update.
+    """Numbers that leave beside a round's update.
 
     Attributes:
       metrics: patients, steps, slices, seconds and sums of losses.
@@ -43,7 +43,7 @@ class RoundNumbers:
 
 @dataclass(frozen=True)
 class Beside:
-    """What may leave beside a round's update.
+    """Decide which numbers may leave beside a round's update.
 
     Attributes:
       model: hash of the tensors that the round begins with.
@@ -77,7 +77,7 @@ def open_round(
       received: the tensors that the round begins with; those of round 1 were compared with the run's seed.
       footing: of the rounds that the hospital trained before.
       folder: of the run, in the site's state folder.
-      patients: how many the numbers stand for.
+      patients: how many the numbers cover.
     Raises:
       LedgerError: the list of tests cannot be read or written, or the stored numbers are damaged.
     """

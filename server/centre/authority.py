@@ -184,7 +184,7 @@ def _general_name(host: str) -> x509.GeneralName:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
-    """What both kinds of certificate share."""
+    """Build the part that both kinds of certificate share."""
     now = datetime.now(UTC)
     begin = now - timedelta(hours=1) + min(timedelta(days=days), timedelta(0))  # clocks differ a little
     return (
@@ -225,7 +225,7 @@ def _write(pair: Pair, key: ec.EllipticCurvePrivateKey, certificate: x509.Certif
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read; written by root, it is of whoever owns its folder."""
+    """Write a file that only its owner may read; written by root, it belongs to the owner of its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)

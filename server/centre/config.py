@@ -63,7 +63,7 @@ class Centre:
 
     @property
     def authority(self) -> Pair:
-        """Who signs."""
+        """Path of the authority's files."""
         return self._pair("authority")
 
     @property
@@ -83,7 +83,7 @@ class Centre:
 
     @property
     def secret(self) -> Path:
-        """What a SuperExec must know to run the server's part of a run."""
+        """Environment of a SuperExec that runs the server's part of a run."""
         return self.folder / "keys" / "superexec.secret"
 
     @property
@@ -93,12 +93,12 @@ class Centre:
 
     @property
     def state(self) -> Path:
-        """What the running centre writes."""
+        """Folder for the running centre's own files."""
         return self.folder / "state"
 
     @property
     def runs(self) -> Path:
-        """Where runs are kept."""
+        """Folder of runs."""
         return self.folder / "runs"
 
     def _pair(self, name: str) -> Pair:
@@ -200,7 +200,7 @@ def _check(centre: Centre) -> None:
 def expiry_warnings(centre: Centre) -> list[str]:
     """Sentences about certificates that expire within a month."""
     renew = f"'hemafed-server renew {centre.folder}' makes new ones; hospitals need nothing new"
-    anew = "the authority itself ends: every hospital must be invited anew (see RUNBOOK.md, Rotation)"
+    invite = "the authority itself ends: every hospital must be invited again (see RUNBOOK.md, Rotation)"
     ours = (centre.public, centre.loopback, centre.instructions)
-    checks = (*((pair, renew) for pair in ours), (centre.authority, anew))
+    checks = (*((pair, renew) for pair in ours), (centre.authority, invite))
     return [text for pair, remedy in checks if (text := expiry_warning(pair.certificate, remedy))]

@@ -1,7 +1,7 @@
 """The running centre: Flower's SuperLink and SuperExec, the proxy in front, the hospitals' keys and the run that is wanted.
 
-The SuperLink keeps its state in memory: its SQLite loses replies under load, and what a run must not lose stands in our
-own checkpoint. A SuperLink that ended is started again, the hospitals' keys are registered anew and the run goes on from
+The SuperLink keeps its state in memory: its SQLite loses replies under load, and what a run must not lose is in our
+own checkpoint. A SuperLink that ended is restarted, the hospitals' keys are registered again and the run resumes from
 its last checkpoint. Commands of the centre's operator change files in the centre's folder; this process acts on them.
 """
 
@@ -50,7 +50,7 @@ RESTARTED = "the server was restarted"
 
 
 class Daemon:
-    """One running centre, until it is told to stop."""
+    """One running centre, until it is stopped."""
 
     def __init__(self, centre: Centre, say: Callable[[str], None]):
         self._centre, self._say = centre, say
@@ -127,7 +127,7 @@ class Daemon:
         """Start nginx again if it ended.
 
         Raises:
-          CentreError: one of Flower's ended, and what it knew is lost; or nginx does not start. All begins anew.
+          CentreError: one of Flower's processes ended and its state is lost, or nginx does not start. Everything is restarted.
         """
         for name in ("superlink", "superexec"):
             if self._processes[name].poll() is not None:
@@ -198,7 +198,7 @@ class Daemon:
         return self._centre.state / "logs" / f"{name}.log"
 
     def _last_line(self, name: str) -> str:
-        """Of a process's log, without colours."""
+        """Return the last lines of a process's log, without colours."""
         lines = self._log(name).read_text(errors="replace").strip().splitlines() or ["its log is empty"]
         return re.sub(r"\x1b\[\d*m", "", lines[-1]).strip()
 

@@ -32,7 +32,7 @@ def operator_token(centre: Centre) -> str:
 
 
 def write_credentials(centre: Centre) -> None:
-    """Put the operator's token where Flower's commands look for it; readable by its owner alone."""
+    """Write the operator's token where Flower's commands look for it; readable by its owner only."""
     host, token = f"127.0.0.1:{centre.loopback_port}", operator_token(centre)
     # Flower sends a bearer token where it believes that somebody logged in; flwr/cli/constant.py has the names.
     texts = {"authn-type": "oidc", "oidc-access-token": token, "oidc-refresh-token": "none"}

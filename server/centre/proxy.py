@@ -5,7 +5,7 @@ SuperLink therefore listens on loopback, and nginx lets through exactly the call
 everything else is answered with 404 here and never reaches Flower.
 
 A hospital presents the certificate that it sent with its request. It is self-signed: the list of all registered ones is the
-list of who may come in, and whoever presents none of them is turned away before a request's body is read. A body is kept
+list of permitted clients, and a client that presents none of them is rejected before a request's body is read. A body is kept
 on disk until it is whole, so that a slow one holds no worker of the SuperLink. Behind the door Flower checks a signature on
 each call, and server/superlink/filter.py what the call is about.
 """
@@ -198,7 +198,7 @@ def _connections() -> int:
 def write_certificates(centre: Centre, sites: dict[str, RegisteredSite]) -> bool:
     """Write which certificates the door lets in, and which were revoked.
 
-    The centre's authority stands first: nginx takes no empty list, and it signs certificates of servers alone.
+    The centre's authority comes first: nginx takes no empty list, and it signs certificates of servers only.
 
     Returns:
       Whether nginx must read them again: one of the lists changed.
@@ -237,7 +237,7 @@ def find_nginx() -> str:
 
 
 def stop_proxy(centre: Centre) -> None:
-    """End the centre's nginx, whoever started it.
+    """Stop the centre's nginx, no matter which process started it.
 
     It hides the environment that other processes are known by, but not the folder that it works in; a worker whose master
     was killed would keep the port for ever.
@@ -251,7 +251,7 @@ def stop_proxy(centre: Centre) -> None:
 
 
 def check_port_is_free(listen: str, port: int, key: str) -> None:
-    """Refuse a port that cannot be listened on; nginx would try for ever, and hospitals would meet whoever has it.
+    """Refuse a port that is taken; nginx would retry for ever, and hospitals would reach the other program.
 
     Raises:
       CentreError: names the port, its key in centre.toml and the next step.

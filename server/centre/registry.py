@@ -79,7 +79,7 @@ def invite(centre: Centre, site: str, days: int = INVITATION_DAYS) -> Invitation
 
 
 def invitation_path(centre: Centre, site: str) -> Path:
-    """Where a hospital's last invitation is."""
+    """Path of a hospital's last invitation."""
     return centre.folder / "invitations" / f"{site}.json"
 
 
@@ -100,7 +100,7 @@ def register(centre: Centre, request: Request) -> RegisteredSite:
             how = f"{other.status} since {other.since}" if request.public_key == other.public_key else "revoked"
             raise CentreError(
                 f"the key of this request is that of site {other.site!r} ({how}); each site has a key "
-                "of its own, and a revoked one is not used again: the site runs 'hemafed-client init' anew"
+                "of its own, and a revoked one is not used again: the site runs 'hemafed-client init' again"
             )
     if known.status != "invited":
         raise CentreError(f"site {request.site!r} is {known.status} since {known.since}; invite it again")
@@ -152,7 +152,7 @@ def read_sites(centre: Centre) -> dict[str, RegisteredSite]:
             sites[path.stem] = RegisteredSite(**content)
         except (ValueError, TypeError, AttributeError) as error:
             raise CentreError(
-                f"{path} is damaged ({error}); restore it from a backup, or delete it and invite anew"
+                f"{path} is damaged ({error}); restore it from a backup, or delete it and invite again"
             ) from error
     return sites
 

@@ -79,7 +79,7 @@ def write_trouble(centre: Centre, text: str) -> None:
 
 
 def read_trouble(centre: Centre) -> str:
-    """Why the centre does not serve; empty if it does."""
+    """Return why the centre does not serve; empty if it does."""
     try:
         return (centre.state / "trouble.txt").read_text().strip()
     except FileNotFoundError:

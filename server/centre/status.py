@@ -1,4 +1,4 @@
-"""How the centre stands, in words: its hospitals, its run, whom it waits for, what went wrong last."""
+"""Status of the centre in words: its hospitals, its run, whom it waits for, its last error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def online(centre: Centre) -> dict[str, dict]:
 
 
 def sites_table(centre: Centre) -> Table:
-    """Who is known, with which key, and who is online."""
+    """List registered hospitals, their keys, and which are online."""
     nodes = online(centre)
     table = Table(box=SIMPLE_HEAD)
     for name in ("site", "status", "since", "online", "key"):
@@ -78,7 +78,7 @@ def status_lines(centre: Centre) -> Iterator[str]:
 
 
 def run_lines(centre: Centre, wanted: RunRequest) -> Iterator[str]:
-    """How a run stands."""
+    """Status of a run."""
     run = centre.runs / wanted.name
     status, rounds = read_status(run), read_rounds(run)
     told = f"run {wanted.name}: {wanted.status}"
@@ -107,7 +107,7 @@ def last_refusals(rounds: list[RoundLine]) -> dict[str, tuple[int, str]]:
 
 
 def _ago(moment: float) -> str:
-    """How long ago."""
+    """Return how long ago a time was."""
     seconds = max(0.0, time.time() - moment)
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
@@ -116,7 +116,7 @@ def _ago(moment: float) -> str:
 
 
 def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> RunRequest:
-    """Tell a run's rounds and waits as they come, until it ends; what became of it."""
+    """Report a run's rounds and waits as they come, until it ends; return its final status."""
     shown, state = 0, ""
     while True:
         rounds = read_rounds(centre.runs / name)

@@ -1,1 +1,1 @@
-"""How good the global model is, and the pages that show it."""
+"""Evaluation of the global model, and the pages that show it."""

@@ -1,4 +1,4 @@
-"""How good the global model is on hospitals that never trained.
+"""Evaluation of the global model on hospitals that never trained.
 
 In: a finished run's folder and the site.yaml files of held-out hospitals whose caches lie at the server. Out: the
 counts of every site under `evaluation/`, and the completed summary.json. The threshold for F1 comes from the training
@@ -122,7 +122,7 @@ def evaluate_unseen(
       run: folder of a run that has finished training.
       config: the run's.
       site_files: site.yaml of each held-out site.
-      progress: told what is tested.
+      progress: called with what is tested.
       repeats: see evaluate_site.
     Raises:
       EvaluationError, SiteError, CacheError: a site cannot be used; nothing is written then.

@@ -25,7 +25,7 @@ def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repea
     Args:
       run: the run's folder.
       sites: site.yaml of each hospital.
-      say: told a line per hospital.
+      say: called with a line per hospital.
       repeats: whether intervals repeat with the seed, for synthetic hospitals.
     Raises:
       HemafedError: the folder is no run, or a site or the model cannot be read.

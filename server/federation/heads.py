@@ -1,4 +1,4 @@
-"""What the global model uses as heads: the hospitals' own at the end of a run, as one mean or an ensemble, or the centre's probe.
+"""Heads of the global model: the hospitals' own at the end of a run, as one mean or an ensemble, or the centre's probe.
 
 Heads stay in the hospitals during a run; at its end those come here that hospitals release.
 """
@@ -40,7 +40,7 @@ class ProbeError(HemafedError, ValueError):
 
 
 def keeps_heads(settings: FederationSettings, member: Participant) -> str:
-    """Why a hospital cannot give what the final model needs as heads; empty if it can, or if none are needed."""
+    """Return why a hospital cannot supply heads of the final model; empty if it can, or if none are needed."""
     if settings.share == "all" or settings.heads == "probe" or member.release.issuperset(HEADS):
         return ""
     return (
@@ -52,7 +52,7 @@ def keeps_heads(settings: FederationSettings, member: Participant) -> str:
 def final_heads(
     grid: Grid, members: list[Participant], config: RunConfig, run: str, arrays: Tensors, model: MultiTaskSwin
 ) -> dict[str, Tensors]:
-    """What the global model uses as heads: name -> tensors; several make an ensemble.
+    """Build the heads of the global model: name -> tensors; several make an ensemble.
 
     The average is by federation.rule and federation.norm_bound, as that of a round.
 

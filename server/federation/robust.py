@@ -91,7 +91,7 @@ def combine(
 
 
 def _by_rule(settings: FederationSettings, differences: list[Tensors]) -> Tensors:
-    """What the median, the trimmed mean or Krum makes of the sites' differences."""
+    """Combine the sites' differences by median, trimmed mean or Krum."""
     if settings.rule == "krum":
         return _krum(differences, settings.faulty)
     stacked = {name: np.stack([one[name] for one in differences]) for name in differences[0]}

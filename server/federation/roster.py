@@ -1,4 +1,4 @@
-"""Whom a run knows and whom it can ask: hospitals that answered, that were turned away, that are late.
+"""Track which hospitals answered, were refused or are late.
 
 Messages go out and replies come in here, one at a time and in the order of site names; what they hold is read by who asked.
 """
@@ -34,7 +34,7 @@ LAST_LOOK_S = 30.0  # at the deadline: what has arrived is still fetched, howeve
 LATE_LOOK_S = 1.0  # between two rounds; the look goes on meanwhile
 SILENT_S = 600.0  # a hello that is not answered for so long was lost
 HELLO_TIMEOUT_S = 60.0
-WORD_S = 60.0  # between two words about the same wait
+WORD_S = 60.0  # between log lines about the same wait
 LONGEST_REASON = 600  # characters of a hospital's error
 # What Flower raises of the connection to its SuperLink, not of a reply.
 _CONNECTION = (httpx.HTTPError, OSError, RuntimeError)
@@ -78,7 +78,7 @@ class Unreadable:
 class PendingReply:
     """Looks for one reply, each time in a thread of its own.
 
-    Of a reply that its node has sent in part, Flower waits for the rest, for minutes and without a way to stop it; a round's
+    If a node has sent part of a reply, Flower waits minutes for the rest, without a way to stop it; a round's
     deadline must not wait for that.
     """
 
@@ -87,7 +87,7 @@ class PendingReply:
         self._found: queue.SimpleQueue[Message | Exception | None] | None = None
 
     def __call__(self, timeout_s: float) -> Message | Unreadable | None:
-        """The reply if it is there or comes within the time that is given; a look that takes longer is continued by the next.
+        """Return the reply if it arrives within the given time; a fetch that takes longer is continued by the next call.
 
         Raises:
           what Flower raised of the connection. What it raised of the reply's bytes is the reply's: a hospital must not be able
@@ -119,7 +119,7 @@ class Late:
     """An answer that did not come by its deadline.
 
     Attributes:
-      look: by which it can still be fetched.
+      look: the pending reply by which it can still be fetched.
       since, until: when the deadline was, and when it is given up; monotonic seconds.
     """
 
@@ -135,7 +135,7 @@ class Late:
 
 @dataclass
 class Roster:
-    """Who is known, who was turned away, with its name and why, and who is busy with an earlier round; grows as nodes come."""
+    """Nodes that are known, that were refused, with name and reason, and that are busy with an earlier round; grows as nodes come."""
 
     members: dict[str, Participant] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class RunContext:
     Attributes:
       grid: Flower's way to the nodes.
       settings: the run config's federation section.
-      run: the run's folder, where it is said how it stands.
+      run: the run's folder, where its status is written.
       roster: who is known; changes.
       longest: length of an update beyond which it is refused.
       registered: node -> the site that the centre registered it as; of none in a simulation, whose nodes have no keys.
@@ -257,17 +257,17 @@ def _weighed(members: list[Participant], by: str) -> list[Participant]:
 def wait_for_quorum(session: RunContext, lacks: Callable[[Participant], str] = lambda member: "") -> list[Participant]:
     """The training hospitals that are connected and free, waiting up to wait_s for a quorum of them.
 
-    Whoever looks at the run meanwhile is told who is there, in the log and in the run's status.
+    Meanwhile the log and the run's status show which hospitals are present.
 
     Args:
       session: the run's.
-      lacks: why a hospital does not count towards the quorum, though it takes part; empty if it does.
+      lacks: returns why a hospital does not count towards the quorum, though it takes part; empty if it does.
     Raises:
       QuorumError: fewer than federation.quorum.
     """
     grid, roster, settings = session.grid, session.roster, session.settings
     began = told = time.monotonic()
-    roster.refused.clear()  # who was turned away may have mended the cause since the last round
+    roster.refused.clear()  # who was turned away may have fixed the cause since the last round
     while True:
         greet(session)
         roster.fetch_late()
@@ -311,7 +311,7 @@ def send_and_receive(
       messages: name -> message.
       timeout_s: until the deadline.
       missed: given the looks for replies that did not come in time.
-      awaiting: told whose turn it is.
+      awaiting: called with the hospitals still awaited.
 
     Yields:
       Name and reply; None for a reply that did not come in time.
@@ -334,7 +334,7 @@ def send_and_receive(
 
 
 def content_or_raise(reply: Message | Unreadable | None, timeout_s: float) -> RecordDict:
-    """What a reply holds.
+    """Return the content of a reply.
 
     Raises:
       UpdateError: it did not come, or it is an error; with its reason.

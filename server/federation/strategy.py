@@ -53,7 +53,7 @@ LATE_DEADLINES = 4  # after so many deadlines a hospital is asked again though i
 
 @dataclass(frozen=True)
 class SiteRound:
-    """What one site sent in a round.
+    """Reply of one site in a round.
 
     Attributes:
       weight: of its update.
@@ -194,7 +194,7 @@ def run_round(
 
 
 def _content_from(reply: Message | None, name: str, settings: FederationSettings) -> RecordDict:
-    """What a site's reply to a round holds, if it is the site's."""
+    """Read a site's reply to a round, if it is the site's."""
     content = content_or_raise(reply, settings.round_deadline_s)
     said = typed_record(content, "facts", ConfigRecord).get("site")
     if said != name:
@@ -203,7 +203,7 @@ def _content_from(reply: Message | None, name: str, settings: FederationSettings
 
 
 def _site_round(content: RecordDict, weight: float, norm: float, counts: Mapping[str, int], model: str) -> SiteRound:
-    """What a site's reply says beside its update, compared with its counts at 'hello' and the model that it was sent."""
+    """Read the numbers beside a site's update, compared with its counts at 'hello' and the model that it was sent."""
     tally = tally_from_record(typed_record(content, "tally", ArrayRecord), 0) if "tally" in content else None
     if not counts:  # withheld at 'hello'; a hospital that releases them since then still takes part
         tally = None

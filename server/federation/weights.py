@@ -1,6 +1,6 @@
-"""How much each hospital counts in a mean. The centre decides; what a hospital asks for is not looked at.
+"""Weights of hospitals in a mean. The centre decides; a hospital cannot ask for one.
 
-A hospital that chose its own weight could make its encoder the global one. A number of patients is a hospital's word, too,
+A hospital that chose its own weight could make its encoder the global one. A number of patients is also self-reported,
 so that it counts within bounds only.
 """
 

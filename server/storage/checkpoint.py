@@ -1,7 +1,7 @@
-"""What a crash must not lose: the global tensors, the server optimiser, the round and who took part, in one file a round.
+"""Checkpoint: the global tensors, the server optimiser, the round and who took part, in one file per round.
 
 A file is written beside its place and moved there in one step; the last KEPT rounds are kept, and each carries a hash of its
-content, so that a damaged one is found and the one before is used. Format: safetensors; round, sites and hash stand in
+content, so that a damaged one is found and the one before is used. Format: safetensors; round, sites and hash are in
 the metadata, the optimiser's tensors under `optimiser.`. The server draws no random numbers: what is random in a run is
 drawn in hospitals from the run's seed, the site and the round, so the round is all of the random state.
 """
@@ -34,7 +34,7 @@ class CheckpointError(HemafedError, ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """What a server optimiser remembers; empty before the first round, and always for FedAvg and FedProx.
+    """State of a server optimiser; empty before the first round, and always for FedAvg and FedProx.
 
     Attributes:
       first: tensor name -> momentum of FedAvgM, first moment of FedAdam; float32.
@@ -133,7 +133,7 @@ def load_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None
 
     Args:
       folder: of a run.
-      say: told of a damaged file that is passed over.
+      say: called with a line for each damaged file that is skipped.
     Raises:
       CheckpointError: there is none, or all are damaged.
     """

@@ -1,4 +1,4 @@
-"""What a run says of itself as it goes: a line of rounds.jsonl, and status.json.
+"""Progress of a run on disk: a line of rounds.jsonl, and status.json.
 
 JSON's keys are the fields' names; a field that is None or empty where that is its default has no key.
 """
@@ -107,7 +107,7 @@ class RoundLine(Line):
 
 @dataclass(frozen=True)
 class RunStatus(Line):
-    """How a run stands.
+    """Status of a run.
 
     Attributes:
       state: "running", "waiting", "finished", "failed" or "crashed"; "" before it said anything.

@@ -99,7 +99,7 @@ def check_run(root: Path, name: str, config: RunConfig) -> None:
 
 
 def changed_keys(made: RunConfig, given: RunConfig) -> list[str]:
-    """Which keys differ, and how; those aside on which no finished round depends."""
+    """Return which keys differ, and how, ignoring keys that cannot affect a finished round."""
     before, now = made.flat(), given.flat()
     return [
         f"{key} was {before[key]!r}, is {now[key]!r}" for key in before if before[key] != now[key] and key not in _FREE
@@ -149,9 +149,9 @@ def flatten(sections: dict[str, dict]) -> dict:
 
 
 def write_status(run: Path, state: str, **facts: Any) -> None:
-    """Say in status.json how a run stands: "running", "waiting", "finished", "failed" or "crashed", and what of.
+    """Write a run's status to status.json: "running", "waiting", "finished", "failed" or "crashed", and the reason.
 
-    It is for those who look; a full disk does not stop a run here.
+    It is informative only; a full disk does not stop a run here.
     """
     try:
         replace_text(
@@ -184,7 +184,7 @@ def write_patiently(run: Path, write: Callable[[], None]) -> None:
 
 
 def read_status(run: Path) -> RunStatus:
-    """What write_status wrote last; empty before that."""
+    """Read what write_status wrote last; empty before that."""
     path = run / "status.json"
     return RunStatus.from_json(json.loads(path.read_text())) if path.is_file() else RunStatus()
 

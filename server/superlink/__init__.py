@@ -1,1 +1,1 @@
-"""What hemafed adds inside the SuperLink: who may call it, and with what."""
+"""Checks that hemafed adds inside the SuperLink: who may call it, and with what."""

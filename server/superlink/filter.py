@@ -1,4 +1,4 @@
-"""What a hospital's node may send to the SuperLink: replies of its own to instructions that it was sent, and nothing else.
+"""Filter of a node's calls to the SuperLink: only replies of its own to instructions that it was sent.
 
 Flower 1.41 checks that a caller has a node's key. It does not compare the source of a message with the caller, so a
 registered node could instruct another in the centre's name, and it stores objects that no instruction asked for. The
@@ -49,7 +49,7 @@ class Instruction:
       session: Flower's, in which the reply's objects are pushed.
       pending: the reply's objects that are still to come.
       charged: those of them that another reply brought, and that have counted here.
-      places: where each of the reply's objects stands, as it was announced.
+      places: position of each of the reply's objects, as announced.
       left: bytes that the reply may still have, once it is put together.
     """
 
@@ -65,7 +65,7 @@ class Instruction:
 
 
 class Ledger:
-    """Which instructions went to which node, and what it sent for them; safe for threads.
+    """Record of instructions sent to each node, and of its replies; thread-safe.
 
     Args:
       largest_reply: bytes that one reply may have.
@@ -236,10 +236,10 @@ def _exceeds(instruction: Instruction, request: PushObjectRequest) -> bool:
 
 
 class Refusals:
-    """Counts of refused calls by site and reason, told at 1, 2, 4, 8 and so on: a log line for each would fill the disk.
+    """Counts of refused calls by site and reason, logged at 1, 2, 4, 8 and so on: a log line for each would fill the disk.
 
     Args:
-      tell: told a line.
+      tell: called with a line.
       name_of: the site of a node.
     """
 

@@ -1,4 +1,4 @@
-"""The objects that a reply is made of: where each may stand, and what it costs the run's process that puts them together.
+"""Objects of a reply: where each may occur, and its cost to the run's process that assembles them.
 
 A reply is announced as a tree of object ids; the objects follow one by one. Flower 1.41 puts an object together from the
 children that its own head names, whatever the tree said. So heads are compared with the tree here, or a tree that names a
@@ -44,12 +44,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an object stands in a reply.
+    """Position of an object in a reply.
 
     Attributes:
       depth: below the message.
       children: ids of its parts, in order.
-      uses: how often it stands there; the run's process puts it together as often.
+      uses: how often it occurs; the run's process assembles it as often.
     """
 
     depth: int
@@ -67,7 +67,7 @@ def objects_of(tree: ObjectTree) -> Iterator[str]:
 
 
 def places_of(tree: ObjectTree) -> dict[str, Place] | None:
-    """Return where each object of a reply stands; None for a tree that no reply has.
+    """Return the position of each object of a reply; None for a tree that no reply has.
 
     That is one with too many objects, too deep, or with two places of one object that do not agree on its parts.
     """
@@ -88,7 +88,7 @@ def places_of(tree: ObjectTree) -> dict[str, Place] | None:
 
 
 def cost_of(content: bytes, place: Place) -> int:
-    """Return the bytes that an object takes in the run's process, as often as it stands in the reply.
+    """Return the bytes that an object takes in the run's process, as often as it occurs in the reply.
 
     Raises:
       RefusedError: it is too large, of a kind that has no place there, or has other parts than announced.

@@ -17,7 +17,7 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 class Bars:
     """A progress bar for each thing that is counted. Use as a context.
 
-    Where the output is no terminal, as in a log file, a line is printed when a thing is done.
+    Outside a terminal, as in a log file, a line is printed when a task is done.
 
     Args:
       name: what the bars are about, such as a site; it begins each bar's text.

@@ -52,7 +52,7 @@ def private_files() -> Iterator[None]:
 def bound_log(path: Path, largest: int) -> None:
     """Move what a log holds to NAME.1, over what that held, once it is longer than `largest` bytes.
 
-    The process that writes it need not be told: it appends, and so begins anew. Lines of the moment of copying are lost.
+    The process that writes it appends, so it continues in the emptied file. Lines written during the copy are lost.
 
     Raises:
       OSError: there is no room; the log is as it was.

@@ -54,7 +54,7 @@ def hold(path: Path, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock; a look makes no file, which would be of whoever looked."""
+    """Return whether a process holds the lock. Does not create the file, since it would then belong to the caller."""
     with suppress(FileNotFoundError), open(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +72,7 @@ def is_alive(pid: int) -> bool:
 
 
 def owned(owner: Path) -> list[psutil.Process]:
-    """Processes that a daemon of this folder started, and theirs, also where the daemon is gone."""
+    """Find processes that a daemon of this folder started, and their children, even if the daemon is gone."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -90,11 +90,11 @@ def _is_owned(process: psutil.Process, owner: Path) -> bool:
 
 
 def end_owned(owner: Path, children: Iterable[subprocess.Popen[Any]] = ()) -> None:
-    """End what a daemon of this folder started, also where the daemon is gone.
+    """End the processes that a daemon of this folder started, even if the daemon is gone.
 
     Args:
       owner: the folder.
-      children: of this daemon; in the moment of its start a process has no mark yet.
+      children: this daemon's children, which may not carry the marker yet.
     """
     children = list(children)
     own = {psutil.Process(child.pid) for child in children if child.poll() is None}

@@ -1,4 +1,4 @@
-"""What to say where the system does not let a command at a file."""
+"""Error messages for files that the system does not let a command use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def words_of(error: Exception) -> str:
-    """What an error says, and of one about rights whose the file is and the next step."""
+    """Return the error message; for a permission error, add the owner and the fix."""
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename} {not_permitted(Path(error.filename))}"
     return str(error)
 
 
 def not_permitted(path: Path) -> str:
-    """Whose a file is, who asked, and the next step; of one that is not there, of the folder that it would be in."""
+    """Return the owner of a file, the current user and the fix; for a missing file, those of its folder."""
     owner, me = user_name(_nearest(path).stat().st_uid), user_name(os.geteuid())
     told = f"may not be used by {me}, who runs this command: it belongs to {owner}"
     return told if owner == me else f"{told}; run the command as {owner}, or give {me} the right (chown, chmod)"

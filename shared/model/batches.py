@@ -20,7 +20,7 @@ from shared.slices import SIDE_PX, SliceCache
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model and the losses see.
+    """A batch as the model and the losses see it.
 
     Attributes:
       image: float32 (B, C, Y, X), windowed to [0, 1], one channel per window.

@@ -109,7 +109,7 @@ class TaskBalance(nn.Module):
             self.weight.copy_(kept * self.fixed.sum() / kept.sum())
 
     def weights(self) -> dict[str, float]:
-        """What each task counts at present."""
+        """Return the present weight of each task."""
         if self.settings.weighting == "uncertainty":
             now = torch.where(self.active, torch.exp(-self.log_variance.detach()), 0.0)
         else:

@@ -1,4 +1,4 @@
-"""How a hospital and the centre come to know each other: two small files, carried by hand or mail.
+"""Enrolment of a hospital at a centre: two small files, carried by hand or mail.
 
     hemafed-server invite      -> invitation: the centre's address and authority, a token      (to the hospital)
     hemafed-client init        -> request: the hospital's public key and certificate, signed with its private key

@@ -75,7 +75,7 @@ class Signer:
 
 
 def _signed_bytes(message: Message, site: str, config: str, issued: float, nonce: str) -> bytes:
-    """What is signed. Records are named by Flower's object ids, SHA-256 over all that they hold."""
+    """Return the bytes to sign. Records are named by Flower's object ids, SHA-256 over their content."""
     records = sorted((name, record.object_id) for name, record in message.content.items() if name != RECORD)
     metadata = message.metadata
     return json.dumps(
@@ -96,7 +96,7 @@ def open_instruction(
       message: as it arrived.
       authority: the certificate that the invitation brought.
       site: this site's name.
-      first_time: told the instruction's random number and the time until which it must be remembered; whether it is new.
+      first_time: takes the instruction's random number and the time until which it must be remembered; returns whether it is new.
       now: the hospital's time, seconds since 1970; by default the clock's.
     Returns:
       The message without the signature record, and the digest of the run config under which it was signed: the caller

@@ -1,4 +1,4 @@
-"""How fast a hospital's export is read, beside the limit: a bare loop of pydicom over the same files.
+"""Speed of reading a hospital's export, against the limit: a bare pydicom loop over the same files.
 
     python -m simulations.benchmarks.ingest [PATIENTS] [FILES]
 

@@ -1,4 +1,4 @@
-"""What coarse counts cost: AUC and F1 from tallies beside the exact ones from single scores.
+"""Accuracy of coarse counts: AUC and F1 from tallies against the exact ones from single scores.
 
     python -m simulations.benchmarks.tally
 

@@ -3,7 +3,7 @@
     python -m simulations.benchmarks.train [VARIANT] [BATCH] [STEPS]
 
 Both loops see the same drawn slices, model, losses and AdamW. The plain loop is what one writes first: it resamples and
-augments every slice anew and computes in fp32, one optimiser loop over the parameters. Steps of the two alternate, so that
+augments every slice each time and computes in fp32, one optimiser loop over the parameters. Steps of the two alternate, so that
 what else the machine does hits both. The peak is that of one large matrix product, measured in the same run.
 """
 
@@ -96,7 +96,7 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 
 def flops_per_slice(config: RunConfig) -> float:
-    """Of the forward and backward pass, matrix products alone."""
+    """Count FLOPs of the forward and backward pass, matrix products only."""
     model = build_model(config.model, 0)
     side = model.shape.image_size
     with FlopCounterMode(display=False) as counter:

@@ -2,7 +2,7 @@
 
 In: a set's folder as its publisher lays it out. Out: one folder per hospital with site.yaml, labels.csv and
 import.json; pixels stay where they are, are hard-linked, or are converted from NIfTI to DICOM. No set tells whether a
-hematoma holds a hypodensity, so that column is blank, which means unknown; what the sets do tell stands in further
+hematoma holds a hypodensity, so that column is blank, which means unknown; the sets' other labels are in further
 columns.
 
 Nothing is downloaded, and nothing leaves the machine. The sets have terms of their own; site.yaml names them.

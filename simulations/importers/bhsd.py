@@ -45,7 +45,7 @@ def import_bhsd(source: Path, target: Path, progress: Callable[[int, int], None]
     Args:
       source: the unpacked label_192.zip, or the folder it was unpacked in.
       target: where the hospital's folder is written.
-      progress: told scans done and scans in all.
+      progress: called with scans done and scans in all.
     Returns:
       Its site.yaml.
     Raises:
@@ -71,7 +71,7 @@ def import_bhsd(source: Path, target: Path, progress: Callable[[int, int], None]
 
 
 def _label(scan: Scan, mask_IJK: NDArray[np.uint8] | None, slices: int) -> list[dict[str, str]]:
-    """What a scan's mask shows on each slice; nothing is known without one."""
+    """Return the bleeding that a scan's mask shows on each slice; nothing is known without a mask."""
     if mask_IJK is None:
         return [{} for _ in range(slices)]
     rows = []

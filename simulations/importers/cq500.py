@@ -82,7 +82,7 @@ def import_cq500(source: Path, target: Path, progress: Callable[[int, int], None
     Args:
       source: the unpacked archives and reads.csv.
       target: where the hospitals' folders are written.
-      progress: told files read plus files linked, and twice the files.
+      progress: called with files read plus files linked, and twice the number of files.
     Returns:
       Their site.yaml, in order of their names.
     Raises:
@@ -124,7 +124,7 @@ def import_cq500(source: Path, target: Path, progress: Callable[[int, int], None
 def _write_site(
     folder: Path, where: str, members: list[Image], reads: Mapping[int, dict[str, str]], left_out: LeftOut
 ) -> Path:
-    """import.json and site.yaml of one hospital; what was left out is told of the whole set."""
+    """Write import.json and site.yaml of one hospital; what was left out is listed for the whole set."""
     own = {image.patient for image in members}
     counts = {"patients": len(own), "images": len(members), "patients_without_row": len(own - set(reads))}
     notes = ["Patients of one scanner model: a stand-in for a hospital, because the set does not name its centres."]
@@ -158,7 +158,7 @@ def _read_reads(path: Path, left_out: LeftOut) -> dict[int, dict[str, str]]:
 
 
 def _majority(votes: Iterable[str]) -> str:
-    """What at least two of three readers say; "" if one of them says neither 0 nor 1."""
+    """Return the majority of three readers; "" if one of them gave neither 0 nor 1."""
     counts = Counter(votes)
     return "" if set(counts) - {"0", "1"} else "1" if counts["1"] > counts["0"] else "0"
 
@@ -177,7 +177,7 @@ def _files(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, int]]:
 
 
 def _images(files: list[tuple[Path, int]], left_out: LeftOut, progress: Callable[[int, int], None]) -> Iterator[Image]:
-    """What the files are."""
+    """Find out what the files are."""
     keywords = ("SeriesInstanceUID", "SOPInstanceUID", "Manufacturer", "ManufacturerModelName")
     for number, (path, patient) in enumerate(files, start=1):
         try:

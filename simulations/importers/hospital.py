@@ -145,7 +145,7 @@ def write_site(
 
 
 def _decided(path: Path) -> dict[str, Any]:
-    """What somebody may have changed in an imported site.yaml, to be kept."""
+    """Return the settings that a user may have changed in an imported site.yaml, to be kept."""
     if not path.is_file():
         return {}
     try:
@@ -167,5 +167,5 @@ def strays(folder: Path, written: Iterable[Path], left_out: LeftOut) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written before it is moved into place; hidden, and written over if an import was killed."""
+    """Return the temporary path of a file before it is moved into place; hidden, and overwritten if an import was killed."""
     return path.with_name(f".{path.name}.partial")

@@ -46,7 +46,7 @@ def import_physionet_ich(source: Path, target: Path, progress: Callable[[int, in
     Args:
       source: the unpacked set, version 1.3.1.
       target: where the hospital's folder is written.
-      progress: told scans done and scans in all.
+      progress: called with scans done and scans in all.
     Returns:
       Its site.yaml.
     Raises:

@@ -8,7 +8,7 @@ hospital would be invented. BHSD is made from scans of this set: never train on 
 The files are as Kaggle's anonymizer left them: SOP, series, study and patient are identifiers as ID_12cadc6af, which
 are no valid UIDs, and there is no SOPClassUID, frame of reference, kernel or thickness. Some unsigned 12-bit images
 have a RescaleIntercept of 0 or 1 where -1024 was expected, and values below 0 HU are wrapped to 3096 and above; they
-are counted and not mended, because no pixel is copied or changed, and ingest refuses series whose values are no HU.
+are counted and not corrected, because no pixel is copied or changed, and ingest refuses series whose values are no HU.
 ID_6431af929.dcm has too few pixels, which ingest finds.
 
 Source: Flanders et al. 2020, Radiology: Artificial Intelligence 2(3):e190211, doi:10.1148/ryai.2020190211
@@ -46,7 +46,7 @@ def import_rsna(source: Path, target: Path, progress: Callable[[int, int], None]
     Args:
       source: the unpacked competition data.
       target: where the hospital's folder is written.
-      progress: told images read and images in all.
+      progress: called with images read and images in all.
     Returns:
       Its site.yaml.
     Raises:

@@ -43,7 +43,7 @@ LabelSlices = Callable[[Scan, NDArray[np.uint8] | None, int], list[dict[str, str
 
 @dataclass(frozen=True)
 class Reading:
-    """How the masks and labels of a set are to be read.
+    """Conventions of a set's masks and labels.
 
     Attributes:
       segments: numbers that are the hematoma, for site.yaml.
@@ -91,7 +91,7 @@ def import_scans(
       scans: all of them.
       reading: how masks and labels are read.
       left_out: what was not taken so far; more is added.
-      progress: told scans done and scans in all.
+      progress: called with scans done and scans in all.
       notes: for site.yaml.
     Returns:
       The site.yaml.

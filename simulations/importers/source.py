@@ -43,7 +43,7 @@ class DataSet:
 
 
 class LeftOut:
-    """What was not taken: per reason a count and the first EXAMPLES names."""
+    """Files that were left out: per reason a count and the first EXAMPLES names."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

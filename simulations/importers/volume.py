@@ -152,7 +152,7 @@ def _read(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
 
 
 def _distance(affine: NDArray[np.float64], volume: Volume) -> float:
-    """How far an affine puts a volume's corners from where its own does, in voxels."""
+    """Return how far an affine moves a volume's corners from their own place, in voxels."""
     last = np.array(volume.hu_IJK.shape) - 1
     corners = np.array([[*(last * corner), 1.0] for corner in np.ndindex(2, 2, 2)]).T
     off = np.linalg.solve(volume.affine, affine @ corners) - corners
@@ -192,7 +192,7 @@ def ct_images(volume: Volume, data_set: str, scan: str, patient: str) -> Iterato
 
 
 def _picture(axes: NDArray[np.float64]) -> tuple[int, int, tuple[bool, bool]]:
-    """Which voxel axis runs along a row and which down a column, and which of the two are turned.
+    """Return which voxel axis runs along a row and which down a column, and which of the two are reversed.
 
     Columns run to the patient's left and rows to the back where they can, as a scanner's do.
     """
@@ -209,7 +209,7 @@ def _decimals(values: list) -> list[str]:
 
 
 def _shared(data_set: str, scan: str, patient: str, series: Series) -> Dataset:
-    """What all images of a series share (PS3.3 A.3): mandatory attributes, empty where a NIfTI does not tell."""
+    """Build the dataset that all images of a series share (PS3.3 A.3): mandatory attributes, empty if a NIfTI lacks them."""
     ds = Dataset()
     ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
     ds.SOPClassUID = CTImageStorage

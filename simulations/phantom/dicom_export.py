@@ -46,7 +46,7 @@ def uid(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class SlicePlace:
-    """Where a slice lies, as decimal strings of a DICOM file (PS3.3 C.7.6.2.1.1).
+    """Position of a slice, as decimal strings of a DICOM file (PS3.3 C.7.6.2.1.1).
 
     Attributes:
       position_mm: centre of the first pixel.

@@ -35,7 +35,7 @@ from simulations.phantom.render import DRAWING, MATRIX, Slice, render_slice, wit
 
 @dataclass(frozen=True)
 class View:
-    """How a hospital's patients are drawn, besides as they are.
+    """Ways to draw a hospital's patients again with a change.
 
     Attributes:
       noiseless: without the scanner's noise, for a reader who sees more than a network.
@@ -67,7 +67,7 @@ def draw_hospitals(
       store: folder of drawn caches, safe to delete.
       view: how they are drawn.
       workers: processes; by default one per core.
-      progress: told hospital, patients done and patients in all.
+      progress: called with hospital, patients done and patients in all.
     Returns:
       Name -> cache, memory-mapped.
     """

@@ -21,7 +21,7 @@ FEATURES = ("skull", "holder", "corner", "field-of-view")
 
 @dataclass(frozen=True)
 class Cohort:
-    """Whom one hospital sees.
+    """Patient population of one hospital.
 
     Attributes:
       prevalence: share of patients with the marker.

@@ -1,7 +1,7 @@
 """The phantom beside real head CT: the same quantities measured on its slices, each with the range found on real scans.
 
 The ranges were measured on real non-contrast head CT of several vendors and on 26 real hemorrhage slices with masks by
-radiologists. Quantities of one scanner (tissue, head, lesion) are held against the standard scanner; noise and edges, which
+radiologists. Quantities of one scanner (tissue, head, lesion) are compared with the standard scanner; noise and edges, which
 differ from scanner to scanner, against each kernel.
 
 Shape suffixes: Y row, X column, F frequency.
@@ -199,7 +199,7 @@ def _lesion(hu_YX: Picture, clot_YX: NDArray[np.bool_], step_mm: float) -> dict[
 
 
 def autocorrelation(patches: list[Picture], most: int = 3) -> list[float]:
-    """Of noise along rows, at lags of 1 to `most` px; 1 at lag 0."""
+    """Autocorrelation of noise along rows, at lags of 1 to `most` px; 1 at lag 0."""
     centred = [patch - patch.mean() for patch in patches]
     power = np.mean([(p * p).mean() for p in centred])
     return [float(np.mean([(p[:, k:] * p[:, :-k]).mean() for p in centred]) / power) for k in range(1, most + 1)]
@@ -223,7 +223,7 @@ def spectrum(patches: list[Picture], step_mm: float) -> tuple[NDArray[np.float64
 
 
 def peak_frequency(frequency_F: NDArray[np.float64], power_F: NDArray[np.float64]) -> float:
-    """Where the power is greatest, 1/mm; smoothed over three rings, of which the innermost hold few samples."""
+    """Frequency of greatest power, 1/mm; smoothed over three rings, since the innermost hold few samples."""
     return float(frequency_F[np.argmax(np.convolve(power_F, [0.25, 0.5, 0.25], mode="same"))])
 
 

@@ -43,7 +43,7 @@ SUSPECT_AREA_MM2 = 3.0
 
 @dataclass(frozen=True)
 class Scanner:
-    """How one hospital's scanner sees a head; each field is one named cause of shift between hospitals.
+    """One hospital's scanner; each field is one named cause of shift between hospitals.
 
     Attributes:
       dose: tube current, 1 is the standard; noise falls with its root.
@@ -54,8 +54,8 @@ class Scanner:
       cupping_hu: rise of soft tissue towards the skull (beam hardening).
       field_of_view_mm: side of the reconstructed square.
       tilt_degree: gantry tilt, about the x axis.
-      holder_hu: brightness of the head holder; 0 leaves it away.
-      corner_hu: brightness of a square marker beside the head; 0 leaves it away.
+      holder_hu: brightness of the head holder; 0 omits it.
+      corner_hu: brightness of a square marker beside the head; 0 omits it.
       padding_hu: value outside the circular field of view, or None for a square one.
     """
 
@@ -88,7 +88,7 @@ class Scanner:
 
 
 def with_feature(patient: Patient, scanner: Scanner) -> tuple[Patient, Scanner]:
-    """What a patient's planted feature changes: in the head, or in how it is scanned; nothing without a feature."""
+    """Changes that a patient's planted feature makes in the head or in how it is scanned; none without a feature."""
     on = patient.feature_on
     match patient.feature:
         case "":

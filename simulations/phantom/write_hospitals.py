@@ -43,7 +43,7 @@ def write_hospitals(
       seed: decides every byte.
       hospitals: which.
       workers: processes; by default one per core.
-      progress: told hospital, patients done and patients in all.
+      progress: called with hospital, patients done and patients in all.
     Returns:
       The site.yaml of each hospital.
     Raises:
@@ -70,7 +70,7 @@ def write_hospitals(
                 labels += rows
                 progress(hospital.name, done, hospital.patients)
             _write_tables(folder, hospital, seed, labels)
-            stamp.write_text(content)  # last: a folder without it is written anew
+            stamp.write_text(content)  # last: a folder without it is written again
     return [root / hospital.name / "site.yaml" for hospital in hospitals]
 
 

@@ -94,7 +94,7 @@ class Federation:
         process.wait()
 
     def started_by(self, name: str) -> list[psutil.Process]:
-        """What the centre's or a hospital's daemon started, and theirs."""
+        """Processes that the centre's or a hospital's daemon started, and their children."""
         if name != "centre":
             return owned(self.state(name) / "centre")
         found = owned(self.centre.folder)
@@ -108,7 +108,7 @@ class Federation:
         return read_site(self.sites[name]).state
 
     def log(self, name: str) -> Path:
-        """What a daemon wrote."""
+        """Return a daemon's output."""
         return self.folder / "logs" / f"{name}.log"
 
     def command(self, *arguments: str) -> str:
@@ -134,7 +134,7 @@ class Federation:
         )
 
     def status(self) -> str:
-        """What `hemafed-server status` says."""
+        """Return the output of `hemafed-server status`."""
         return self.command("hemafed-server", "status", str(self.centre.folder))
 
     def run_folder(self, name: str) -> Path:
@@ -184,7 +184,7 @@ class Federation:
         self.wait_for(waits, timeout_s, f"{run} waiting for {text!r}")
 
     def wait_end(self, run: str, timeout_s: float) -> str:
-        """How a run ended: its status at the centre."""
+        """Return the final status of a run at the centre."""
 
         def ended() -> bool:
             wanted = read_wanted(self.centre)

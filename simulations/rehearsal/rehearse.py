@@ -1,4 +1,4 @@
-"""The deployed federation on one machine, with a power cut at a hospital and one at the centre, held against a simulation.
+"""Rehearsal: a deployed federation on one machine, with a power cut at a hospital and one at the centre, compared with a simulation.
 
 Three of the simulated hospitals get folders, keys and daemons of their own and meet the centre through its TLS door; the
 same training is done in a loop beside it. Both must end with the same model.
@@ -33,7 +33,7 @@ ROUND_TIMEOUT_S = 900.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rehearsal ended with.
+    """Result of a rehearsal.
 
     Attributes:
       page, summary: of the deployed run, tested on held-out hospitals.
@@ -54,10 +54,10 @@ def rehearse(folder: Path, files: list[Path], config: dict[str, object], say: Ca
     """Provision, run, cut power twice, test, and do the same training in a loop.
 
     Args:
-      folder: made anew; everything of the federation.
+      folder: created again; holds everything of the federation.
       files: site.yaml of the simulated hospitals, ingested: the first SITES that train take part, the held-out ones test.
       config: dotted run config keys.
-      say: told what happens.
+      say: called with each event.
     Raises:
       FederationError: the folder is not of a rehearsal, or the run did not finish.
     """

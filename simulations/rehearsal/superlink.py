@@ -1,6 +1,6 @@
 """A SuperLink of one's own for one simulation.
 
-`flwr run` would start a SuperLink that stays, keeps the directory and environment of whoever came first, runs client code
+`flwr run` would start a SuperLink that stays, keeps the directory and environment of its first caller, runs client code
 from that directory, and exits 0 when a run fails. This one lives in its own folder and session, ends with the
 `with` block, and `run_app` tells whether the run really finished.
 """

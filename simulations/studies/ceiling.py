@@ -1,6 +1,6 @@
-"""How well the task can be done by somebody who knows more than a network, so that an AUC can be judged.
+"""Upper reference for an AUC: the task solved with more knowledge than a network has.
 
-In: slices and hematoma masks as in a slice cache (shared/slices.py). Out: two references, both of which are told where
+In: slices and hematoma masks as in a slice cache (shared/slices.py). Out: two references, both of which are given where
 the hematoma is. The oracle reads slices rendered without noise by the marker's definition, a hypodense region inside
 the hematoma without connection to its surface (Boulouis et al. 2016, JAMA Neurology). Radiomics read ordinary slices:
 statistics inside the true mask and a simple classifier. The last three of FEATURES are the marker's definition once

@@ -1,4 +1,4 @@
-"""Whom a study trains on and whom it tests: groups of hospitals, declared.
+"""Consortia: declared groups of hospitals that a study trains on and tests.
 
 The eleven hospitals differ in everything at once, as real ones do. The other consortia change one thing: a single cause of
 shift, a planted background feature, the patients' age, the scanning protocol.

@@ -114,7 +114,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """Where its result is stored."""
+        """Path of its result."""
         return RESULTS / self.experiment.name / f"{self.arm.name.replace(' ', '-').replace('/', '-')}.{self.seed}.json"
 
     def recipe(self) -> dict:
@@ -161,7 +161,7 @@ class Training:
     cosines: bool
 
     def folder(self, store: Path) -> Path:
-        """Where the trained model is kept."""
+        """Path of the trained model."""
         decisive = asdict(self)  # by whom it is trained on, not by the consortium's name
         decisive["consortium"] = [asdict(h) for h in consortium(self.consortium).training if h.number in self.hospitals]
         return store / "models" / _digest([decisive, DRAWING])

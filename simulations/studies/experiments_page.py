@@ -32,7 +32,7 @@ def write_tables() -> Path:
 
 
 def _ground() -> str:
-    """What every arm begins with, in words."""
+    """Describe what every arm begins with."""
     arm, group = Arm(""), consortium("hospitals")
     config, (name, unseen) = arm.run_config(0), next(iter(group.tests.items()))
     loss = ", ".join(f"{getattr(config.loss, task):g} {task}" for task in ("cls", "seg", "rec"))
@@ -62,7 +62,7 @@ def _section(experiment: Experiment) -> str:
 
 
 def _cost(experiment: Experiment) -> str:
-    """Where and how long it ran, and how much of it is stored."""
+    """Describe where and how long it ran, and how much of it is stored."""
     every = list(jobs(experiment))
     contents = [json.loads(job.result.read_text()) for job in every if job.done()]
     state = f"{len(contents)} of {len(every)} results stored"

@@ -1,4 +1,4 @@
-"""What a study measures on a trained model; each measure is one function, its result plain numbers for a JSON file.
+"""Measures of a trained model; each is one function that returns plain numbers for a JSON file.
 
 Patients here are synthetic, so scores of single slices may be stored: what is computed from them later (AUC, F1, Dice,
 differences of methods with their intervals) is then the same numbers looked at in another way.
@@ -130,7 +130,7 @@ def _regions(hu_YX: NDArray[np.int16], mask_YX: NDArray[np.uint8]) -> list[NDArr
 
 
 def reliance(voter: Voter, on: SliceCache, off: SliceCache, config: RunConfig) -> dict[str, float]:
-    """How much the planted feature alone moves the model: the same slices, noise included, with and without it.
+    """Measure how much the planted feature alone moves the model: the same slices, noise included, with and without it.
 
     Returns:
       shift: mean of logit(on) - logit(off) over labelled test slices, in standard deviations of logit(off);

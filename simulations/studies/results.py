@@ -40,7 +40,7 @@ class Result:
 
 
 def read_result(experiment: Experiment, arm: str) -> Result | None:
-    """What is stored of an arm by the present recipe; None if nothing is."""
+    """Read the stored result of an arm under the present recipe; None if there is none."""
     found = [
         (job.seed, json.loads(job.result.read_text())) for job in jobs(experiment) if job.arm.name == arm and job.done()
     ]

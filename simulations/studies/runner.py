@@ -25,13 +25,13 @@ def run_jobs(
     """Run what is not stored yet.
 
     Draws the hospitals, trains what is missing and measures an arm as soon as its models are there; each piece on its own
-    core. What is finished is on disk at once, so that a stopped run goes on where it was.
+    core. Finished results are on disk at once, so that a stopped run resumes.
 
     Args:
       wanted: jobs; those with a stored result of their recipe are left alone.
       store: folder of drawn hospitals and trained models.
       workers: processes of one thread each; by default one per core, one where there is an accelerator.
-      say: told a line per finished piece.
+      say: called with a line per finished piece.
     """
     left = [job for job in wanted if not job.done()]
     say(f"{len(wanted) - len(left)} of {len(wanted)} results are stored")

@@ -1,4 +1,4 @@
-"""How alike two encoders are: what they compute on the same slices, and which way their training pulls them.
+"""Similarity of two encoders: of their features on the same slices, and of the directions of their updates.
 
 In: representations of the same N inputs by two encoders, or gradients of two sites at the same parameters. Out: one
 number. Simulated hospitals only; representations of patients never leave a hospital.

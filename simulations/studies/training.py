@@ -92,7 +92,7 @@ def train(
       mode: one of MODES.
       adjust: whether sites' weights in the mean follow their generalisation gaps (FedDG-GA).
       attack: what the last site, by name, does with its update before it sends it; one of ATTACKS.
-      progress: told rounds done and rounds in all.
+      progress: called with rounds done and rounds in all.
       after_round: given the round, the global tensors after it, and the first site's model as it trained it.
     Raises:
       TrainError: a hospital cannot train, or the training diverged.
@@ -173,7 +173,7 @@ def adjust_weights(weights: dict[str, float], gaps: dict[str, float], step: floa
 
 
 def _attacked(update: Tensors, start: Tensors, factor: float) -> Tensors:
-    """What a hospital gone wrong sends: its update made longer or turned round."""
+    """Return a faulty hospital's update: scaled or reversed."""
     return {n: (start[n] + factor * (v - start[n])).astype(np.float32) for n, v in update.items()}
 
 

@@ -171,7 +171,7 @@ def measure_job(job: Job, store: Path, commit: str) -> str:
 
 
 def _heads(arm: Arm, trained: Trained, config: RunConfig, drawn: Drawn) -> tuple[Tensors, ...]:
-    """What a model uses as heads, as federation.heads would have it."""
+    """Return the heads of a model, as federation.heads has them."""
     if arm.heads == "ensemble":
         return tuple(trained.heads.values())
     average = trained.average()
@@ -259,7 +259,7 @@ def _store(job: Job, config: RunConfig, commit: str, trained: list[Trained], mea
 
 @functools.cache
 def machine() -> dict[str, str]:
-    """What the experiments ran on."""
+    """Describe the machine of the experiments."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -351,7 +351,7 @@ def test_a_second_ingest_at_once_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_cache_over_the_hospitals_own_files_is_refused(tmp_path: Path, cache: str, suffix: str) -> None:
-    """Cache folders are deleted and made anew; the hospital's files must survive a wrong site.yaml."""
+    """Cache folders are deleted and made again; the hospital's files must survive a wrong site.yaml."""
     file = make_site(tmp_path, labels=HEADER, data={"masks": "masks"}, cache=cache)
     draw(tmp_path / "masks", f"{SERIES}.1")
     (tmp_path / "state").mkdir()

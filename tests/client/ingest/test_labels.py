@@ -309,7 +309,7 @@ def test_a_hospital_that_does_not_train_is_all_test(tmp_path: Path, role: str) -
 
 @pytest.mark.parametrize("content", ['{"ab": "tra', '["ab"]', '{"ab": "training"}', '{"ab": {}}', "\0"])
 def test_damaged_splits_are_never_made_anew(tmp_path: Path, content: str) -> None:
-    """Made anew, whoever was trained on could be tested on."""
+    """Made again, whoever was trained on could be tested on."""
     file = make_site(tmp_path)
     site = read_site(file)
     ingest(site, workers=1)

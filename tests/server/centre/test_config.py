@@ -117,4 +117,4 @@ def test_certificates_that_end_soon_are_warned_of_with_what_to_do(
     old = make_centre(centre.folder / "old")
     (told,) = expiry_warnings(old)
     assert told.startswith("the certificate authority.crt expires in 5 days")
-    assert "every hospital must be invited anew" in told
+    assert "every hospital must be invited again" in told

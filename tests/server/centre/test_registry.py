@@ -265,7 +265,7 @@ def test_a_revoked_site_is_listed_with_its_key_and_its_open_invitation_is_void(c
 @pytest.mark.parametrize("name", [SITE, "hospital-02"])
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_a_revoked_key_is_never_taken_again(centre: Centre, name: str, rounds: int) -> None:
-    """Neither at its own site, invited anew, nor at another; nor after the site has had other keys since."""
+    """Neither at its own site, invited again, nor at another; nor after the site has had other keys since."""
     stolen = make_node_key()
     register(centre, answer(centre, key=stolen))
     revoke(centre, SITE)

@@ -37,7 +37,7 @@ with hold(Path(sys.argv[1])):
     time.sleep(float(sys.argv[2]))
     child.kill()
 """
-# The child says its own number: in the moment of its start a process has no environment, and so no mark.
+# The child says its own number: at its start a process has no environment yet, and so no marker.
 PARENT = """
 import subprocess, sys
 child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"

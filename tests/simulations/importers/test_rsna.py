@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_counted(source: Path, tmp_path: Path, steps: Steps
     edit_table(
         source,
         "ID_38fd7baa0_any,1",  # contradicts the first row
-        "ID_38fd7baa0_any,0",  # and does not mend it
+        "ID_38fd7baa0_any,0",  # and does not correct it
         "ID_ffffffff0_any,0",  # no such image
         "ID_12cadc6af_frontal,0",
         "ID_12cadc6af_any,yes",
