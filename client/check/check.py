@@ -273,10 +273,8 @@ def mask_account(found: Survey, tallies: Iterable[Tally], faults: Iterable[Fault
         entry["taken"] += tally.taken
         entry["left"] += [Fault("", reason) for reason, count in tally.left for _ in range(count)]
     for entry in account.values():
-        left = by_reason(entry.pop("left"))
-        entry["left_out"] = [
-            {"reason": reason.partition(" (numbers of the first")[0], "count": len(w)} for reason, w in left
-        ]
+        left = by_reason(entry.pop("left"), name_first=False)
+        entry["left_out"] = [{"reason": reason, "count": len(which)} for reason, which in left]
         assert entry["in"] == entry["taken"] + sum(group["count"] for group in entry["left_out"]), (
             "a mask's pieces are lost"
         )

@@ -6,7 +6,6 @@ hashes. Stays in the hospital.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from client.check.found import WHO, Found
 from client.check.identities import identities, leaks
-from client.dicom.faults import Fault, by_reason, commonest
+from client.dicom.faults import Fault, Kind, by_reason, commonest
 from client.ingest.scan import denied_text
 
 FEW_POSITIVES = 5  # from here on it is worth asking whether one scanner has them all
@@ -23,13 +22,8 @@ MISSED_SHARE = 0.1  # of patients, files or masks left out, from which on their 
 BARE_SHARE = 0.2  # of slices without a mask where others have one
 WHOLE_HEAD_SHARE = 0.4  # of the head's pixels in a mask: no hematoma is so large
 EDGE_SHARE = 0.3  # of the field's edge in tissue: a head's holder and table are less, a trunk is more
-# Said of images and series, and not why they are left out.
-_BESIDE = re.compile(r"^not chosen|of its mask lie in air|counted once")
-# Reasons for which files are rightly left out of an export of head CT: nobody misses them.
-_RIGHTLY = re.compile(
-    r"a localizer|a hidden file|ImageType .*computed map|normal \[|Modality |.*expected CT Image Storage|SamplesPerPixel|"
-    r"the same (image|picture)|BurnedInAnnotation|PhotometricInterpretation"
-)
+# Faults of images and series that are no cause of a hospital without data.
+_BESIDE = (Kind.NOT_CHOSEN, Kind.OFF_HEAD, Kind.COPY)
 
 
 def problems(found: Found, trouble: Sequence[str] = ()) -> tuple[str, ...]:
@@ -56,9 +50,9 @@ def _missed(found: Found) -> list[str]:
             f"{len(gone)} of {len(patients)} patients are left out with all they have: {reason or 'see below'}"
         )
     refused_files = [
-        Fault(f"file {f.code}", record.fault)
+        Fault(f"file {f.code}", record.fault, record.kind)
         for f, record in found.survey.scan.files
-        if f.place == "images" and record.fault and not _RIGHTLY.match(record.fault)
+        if f.place == "images" and record.fault and record.kind is not Kind.NO_HEAD_CT
     ]
     images = sum(bool(record.images) for _, record in found.survey.scan.files)
     if len(refused_files) > MISSED_SHARE * (images + len(refused_files)):
@@ -66,9 +60,7 @@ def _missed(found: Found) -> list[str]:
             f"{len(refused_files)} files of {images + len(refused_files)} that are no localizer or the like are left out: "
             f"{commonest(refused_files)}"
         )
-    dropped = [
-        f for f in found.faults if f.what.startswith("file ") and f.reason.startswith(("differs from", "no air near"))
-    ]
+    dropped = [f for f in found.faults if f.what.startswith("file ") and f.kind is Kind.OUTLIER]
     if len(dropped) > MISSED_SHARE * images:
         problems.append(f"{len(dropped)} of {images} images are left out of their series: {commonest(dropped)}")
     return problems
@@ -79,7 +71,7 @@ def _cause(found: Found) -> str:
     images = {f"file {f.code}" for f, _ in found.survey.scan.files if f.place == "images"}
     series = {f"series {s.name}" for s in (*found.survey.refused, *found.survey.series_found)}
     masks = {f"file {mask.file}" for mask in found.survey.scan.masks}
-    return commonest(f for f in found.faults if f.what in (images | series) - masks and not _BESIDE.search(f.reason))
+    return commonest(f for f in found.faults if f.what in (images | series) - masks and f.kind not in _BESIDE)
 
 
 def _unusable(found: Found) -> list[str]:
@@ -107,8 +99,8 @@ def _masks(found: Found) -> list[str]:
     """Masks that are left out, missing, or of something else."""
     problems = [
         f"{len(which)} files among the images are not read: {reason}"
-        for reason, which in by_reason(found.faults)
-        if " among the images" in reason and found.used
+        for reason, which in by_reason(f for f in found.faults if f.kind is Kind.AMONG_IMAGES)
+        if found.used
     ]
     if found.site.masks is None or not found.used:
         return problems
@@ -119,7 +111,7 @@ def _masks(found: Found) -> list[str]:
         return [*problems, "data.masks holds no file: put the masks there, or remove data.masks from site.yaml"]
     if len({f.what for f in lost}) > MISSED_SHARE * len(known):
         problems.append(f"{len({f.what for f in lost})} of {len(known)} mask files are left out: {commonest(lost)}")
-    partly = [f for f in found.faults if f.what in taken and "left out:" in f.reason]
+    partly = [f for f in found.faults if f.what in taken and f.kind is Kind.IN_PART]
     if len(partly) > MISSED_SHARE * len(taken):
         problems.append(f"{len(partly)} of {len(taken)} mask files are taken in part: {commonest(partly)}")
     rows = [(part, row) for part in found.used for row in part.rows]
@@ -144,7 +136,7 @@ def _unmatched(found: Found) -> list[str]:
     if labels:
         lines = by_reason(labels)[0][1]
         problems.append(f"{len(labels)} lines of {table.name} match nothing: {commonest(labels)}; first, {lines[0]}")
-    off = [fault for fault in found.faults if "of its mask lie in air" in fault.reason]
+    off = [fault for fault in found.faults if fault.kind is Kind.OFF_HEAD]
     if off:
         problems.append(f"masks of {len(off)} series lie off the head; first, {off[0].what}: {off[0].reason}")
     return problems

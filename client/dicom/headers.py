@@ -30,7 +30,7 @@ from client.dicom.elements import (
     texts,
     word,
 )
-from client.dicom.faults import DicomError
+from client.dicom.faults import DicomError, Kind
 from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.refusals import check_image_type, check_kind, check_pixels, check_plane, check_syntax, storage
 
@@ -163,7 +163,7 @@ def images_of(
         # Some public sets (RSNA) lost the element; the file's meta group has it too (PS3.10 7.1).
         sop_class = text(ds, "SOPClassUID") or str(ds.file_meta.get("MediaStorageSOPClassUID", ""))
         if sop_class not in CT_CLASSES:
-            raise DicomError(f"{class_name(sop_class)}, expected CT Image Storage")
+            raise DicomError(f"{class_name(sop_class)}, expected CT Image Storage", Kind.NO_HEAD_CT)
         check_kind(ds)
         groups = [ds] if sop_class == CTImageStorage else _frames(ds)
         lossy = check_syntax(ds, accept_lossy)

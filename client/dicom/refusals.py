@@ -18,7 +18,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import HTJ2K, JPEG2000, UID, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from client.dicom.elements import DicomFile, integer, text, texts, word
-from client.dicom.faults import DicomError
+from client.dicom.faults import DicomError, Kind
 
 SIDES_PX = (16, 2048)  # rows and columns of a CT image; larger ones are not made by any scanner
 AXIAL_COSINE = 0.7  # a slice's normal within about 45 degrees of z: tilted gantries pass, sagittal views do not
@@ -39,15 +39,20 @@ _UNDEFINED = 0xFFFFFFFF
 def check_kind(ds: pydicom.Dataset) -> None:
     """Refuse what is filed as CT and is no axial CT image in HU."""
     if text(ds, "Modality") != "CT":
-        raise DicomError(f"Modality {word(text(ds, 'Modality'))}, expected CT")
+        raise DicomError(f"Modality {word(text(ds, 'Modality'))}, expected CT", Kind.NO_HEAD_CT)
     check_image_type(texts(ds, "ImageType"))
     if text(ds, "BurnedInAnnotation").upper() == "YES":
-        raise DicomError("BurnedInAnnotation YES: text is drawn into the picture, expected an untouched image")
+        raise DicomError(
+            "BurnedInAnnotation YES: text is drawn into the picture, expected an untouched image", Kind.NO_HEAD_CT
+        )
     if (integer(ds, "SamplesPerPixel") or 0) != 1:
-        raise DicomError(f"SamplesPerPixel {integer(ds, 'SamplesPerPixel')}, expected 1: a colour picture is not CT")
+        raise DicomError(
+            f"SamplesPerPixel {integer(ds, 'SamplesPerPixel')}, expected 1: a colour picture is not CT", Kind.NO_HEAD_CT
+        )
     if not text(ds, "PhotometricInterpretation").startswith("MONOCHROME"):
         raise DicomError(
-            f"PhotometricInterpretation {word(text(ds, 'PhotometricInterpretation'))}, expected MONOCHROME2"
+            f"PhotometricInterpretation {word(text(ds, 'PhotometricInterpretation'))}, expected MONOCHROME2",
+            Kind.NO_HEAD_CT,
         )
 
 
@@ -55,10 +60,13 @@ def check_image_type(values: tuple[str, ...]) -> None:
     """Refuse localizers, computed maps and screenshots (PS3.3 C.8.2.1.1.1)."""
     kinds = [value.upper() for value in values]
     if "LOCALIZER" in kinds:
-        raise DicomError("a localizer, expected an axial image")
+        raise DicomError("a localizer, expected an axial image", Kind.NO_HEAD_CT)
     computed = next((value for value in kinds[2:] if _MAPS.search(value)), None)
     if computed:
-        raise DicomError(f"ImageType {word(computed)}: a computed map or a screenshot, expected an axial image in HU")
+        raise DicomError(
+            f"ImageType {word(computed)}: a computed map or a screenshot, expected an axial image in HU",
+            Kind.NO_HEAD_CT,
+        )
 
 
 def check_syntax(ds: pydicom.Dataset, accept_lossy: bool) -> bool:
@@ -175,4 +183,6 @@ def check_plane(row: tuple[float, ...], column: tuple[float, ...], normal: tuple
     if not all(0.98 < value < 1.02 for value in lengths):
         raise DicomError("ImageOrientationPatient is malformed, expected two unit vectors at a right angle")
     if abs(normal[2]) < AXIAL_COSINE:
-        raise DicomError(f"normal {np.round(normal, 2).tolist()}, expected an axial slice (near [0, 0, 1])")
+        raise DicomError(
+            f"normal {np.round(normal, 2).tolist()}, expected an axial slice (near [0, 0, 1])", Kind.NO_HEAD_CT
+        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from client.dicom.faults import Fault
+from client.dicom.faults import Fault, Kind
 from client.dicom.headers import CtSlice, normal_of
 
 SAME_PLACE_MM = 0.01  # two slices nearer than this are at one position
@@ -108,6 +108,7 @@ def _build_one(name: str, members: list[CtSlice]) -> tuple[CtSeries | None, list
         Fault(
             f"file {s.file}",
             f"differs from the {count} other images of its series in {_differing(examples[group], examples[usual])}",
+            Kind.OUTLIER,
         )
         for s, group in zip(members, groups, strict=True)
         if group != usual
@@ -257,7 +258,11 @@ def choose(
         taken += chosen
         for other in ranked:
             if other.name not in names:
-                faults.append(Fault(f"series {other.name}", f"not chosen: {_drawback(other, chosen[0], annotated)}"))
+                faults.append(
+                    Fault(
+                        f"series {other.name}", f"not chosen: {_drawback(other, chosen[0], annotated)}", Kind.NOT_CHOSEN
+                    )
+                )
     return sorted(taken, key=lambda s: s.name), choices, faults
 
 

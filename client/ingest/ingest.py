@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from client.dicom.faults import Fault, by_reason
+from client.dicom.faults import Fault, Kind, by_reason
 from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.label_table import LabelError, table_digest
 from client.ingest.labels import SPLIT_SHARES, splits_of
@@ -233,7 +233,7 @@ def _current_report(site: Site, manifest: str, files: int) -> IngestReport | Non
             return None
         read_cache(site.cache)
         counts = {name: head[name] for name in ("slices", "patients", "series", "positives", "unlabelled", "masked")}
-        faults = tuple(Fault(**fault) for fault in head["faults"])
+        faults = tuple(Fault(fault["what"], fault["reason"], Kind(fault["kind"])) for fault in head["faults"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none there, or damaged: it is written again
         return None
     return IngestReport(**counts, files=files, read=0, faults=faults, unchanged=True)

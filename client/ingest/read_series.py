@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.faults import DicomError, Fault
+from client.dicom.faults import DicomError, Fault, Kind
 from client.dicom.headers import CtSlice
 from client.dicom.hounsfield import BINS, histogram, implausible, without_air
 from client.dicom.pixels import AIR_HU, clamp_hu, read_hu
@@ -151,6 +151,7 @@ def _read_part(job: SeriesJob) -> CachedSeries:
             Fault(
                 f"series {series.name}",
                 f"{off} of {inside} pixels of its mask lie in air; the mask may belong to another series",
+                Kind.OFF_HEAD,
             )
         )
     shape = (len(good), SIDE_PX, SIDE_PX)
@@ -191,7 +192,7 @@ def _plausible(
                 f"no air near -1000 HU with its RescaleSlope {slope:g} and RescaleIntercept {intercept:g}, which are not those of all "
                 "slices of its series; export the series again"
             )
-            faults.append(Fault(names[row.image], reason))
+            faults.append(Fault(names[row.image], reason, Kind.OUTLIER))
     return [n for n, rescale in enumerate(rescales) if rescale not in wrong]
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from client.dicom.faults import Kind
 from client.dicom.headers import CtSlice
 from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.scan import READER_VERSION, FileRecord, FoundFile
@@ -75,20 +76,20 @@ def _lines(site: Site, pairs: Iterable[tuple[FoundFile, FileRecord]]) -> Iterato
         if not f.refused:
             images = [[getattr(i, name) for name in _SLICE_FIELDS] for i in record.images]
             mask = [getattr(record.mask, name) for name in _MASK_FIELDS] if record.mask else None
-            content = [f.code, f.stamp, site.accept_lossy, images, mask, record.fault]
+            content = [f.code, f.stamp, site.accept_lossy, images, mask, record.fault, record.kind]
             yield "\n" + json.dumps(content, separators=(",", ":"))
 
 
 def _parsed(line: str) -> tuple[str, str, bool, FileRecord]:
     """Code, stamp, setting and record of a line; "" and nothing of one that a stop has cut."""
     try:
-        code, stamp, accept_lossy, images, mask, fault = json.loads(line)
+        code, stamp, accept_lossy, images, mask, fault, kind = json.loads(line)
         slices = tuple(CtSlice(Path(), *(_frozen(v) for v in image)) for image in images)
         return (
             code,
             stamp,
             accept_lossy,
-            FileRecord(slices, MaskFile(Path(), *map(_frozen, mask)) if mask else None, fault),
+            FileRecord(slices, MaskFile(Path(), *map(_frozen, mask)) if mask else None, fault, Kind(kind)),
         )
     except (ValueError, TypeError):
         return "", "", False, FileRecord()

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from client.dicom.faults import DicomError, Fault
+from client.dicom.faults import DicomError, Fault, Kind
 from client.dicom.headers import CtSlice
 from client.dicom.pixels import read_hu
 from client.dicom.series import SAME_PLACE_MM
@@ -43,7 +43,7 @@ def without_copies(images: Iterable[CtSlice], crew: WorkerPool) -> tuple[list[Ct
         kept[first.image] = replace(first, copies=tuple(sorted({c.instance for c in copies} - {first.instance})))
         gone |= {c.image for c in copies}
         reason = f"the same picture at the same place as file {first.file}, under another SOPInstanceUID; counted once"
-        faults += [Fault(f"file {c.file}", reason) for c in copies]
+        faults += [Fault(f"file {c.file}", reason, Kind.COPY) for c in copies]
     return [kept.get(image.image, image) for image in images if image.image not in gone], faults
 
 

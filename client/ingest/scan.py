@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.dicom.elements import read_dicom
-from client.dicom.faults import DicomError, Fault
+from client.dicom.faults import DicomError, Fault, Kind
 from client.dicom.headers import CtSlice, images_of
 from client.dicom.pseudonyms import Pseudonyms
 from client.ingest.workers import ENDED_ITS_READER, WorkerPool
 from client.masks.match import MaskFile, dicom_mask, is_mask, is_picture, other_format, picture_mask
 from shared.site import Site
 
-READER_VERSION = 2  # of what is read from a file; records of another version are read again
+READER_VERSION = 3  # of what is read from a file; records of another version are read again
 _CHUNK = 64  # files per job
 _AMONG_IMAGES = {
     True: "a mask among the images; name its folder as data.masks in site.yaml",
@@ -40,6 +40,7 @@ class FoundFile:
       place: "images" or "masks".
       stamp: its size and time of change; what tells whether it is the same.
       refused: why it is not opened; "" if it is.
+      kind: of the fault, if it is not opened.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class FoundFile:
     place: str
     stamp: str
     refused: str = ""
+    kind: Kind = Kind.UNUSABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,13 @@ class FileRecord:
       images: its CT images.
       mask: the mask in it.
       fault: why it is left out.
+      kind: of the fault.
     """
 
     images: tuple[CtSlice, ...] = ()
     mask: MaskFile | None = None
     fault: str = ""
+    kind: Kind = Kind.UNUSABLE
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,9 @@ def walk(site: Site, pseudonyms: Pseudonyms) -> list[FoundFile]:
 def _walk(root: Path, place: str, pseudonyms: Pseudonyms, own: set[str]) -> Iterator[FoundFile]:
     """One folder and those below it, depth first, without the site's own."""
 
-    def entry(path: str, stamp: str, refused: str = "") -> FoundFile:
+    def entry(path: str, stamp: str, refused: str = "", kind: Kind = Kind.UNUSABLE) -> FoundFile:
         name = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")  # names may be in Latin-1
-        return FoundFile(Path(path), pseudonyms.of("file", f"{place}/{name}"), place, stamp, refused)
+        return FoundFile(Path(path), pseudonyms.of("file", f"{place}/{name}"), place, stamp, refused, kind)
 
     folders = [str(root)]
     while folders:
@@ -108,42 +112,47 @@ def _walk(root: Path, place: str, pseudonyms: Pseudonyms, own: set[str]) -> Iter
         try:
             entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError as error:
-            yield entry(folder, "", f"a folder that cannot be opened ({error.strerror})")
+            yield entry(folder, "", f"a folder that cannot be opened ({error.strerror})", _kind_of(error))
             continue
         inner = []
         for one in entries:
             if one.path in own:
                 continue
             try:
-                refused = _refusal(one)
+                refused, kind = _refusal(one)
                 if not refused and one.is_dir():
                     inner.append(one.path)
                     continue
                 stamp = "" if refused else f"{one.stat().st_size} {one.stat().st_mtime_ns}"
             except OSError as error:  # gone since its folder was listed, or in a folder that may only be listed
-                refused, stamp = f"cannot be opened ({error.strerror})", ""
-            yield entry(one.path, stamp, refused)
+                refused, kind, stamp = f"cannot be opened ({error.strerror})", _kind_of(error), ""
+            yield entry(one.path, stamp, refused, kind)
         folders += reversed(inner)
 
 
-def _refusal(one: os.DirEntry) -> str:
-    """Return why an entry of a folder is not opened; "" if it is."""
+def _refusal(one: os.DirEntry) -> tuple[str, Kind]:
+    """Return why an entry of a folder is not opened, "" if it is, and the kind of fault."""
     if one.is_symlink():
-        return "a symbolic link, expected a file; it may lead out of the folder"
+        return "a symbolic link, expected a file; it may lead out of the folder", Kind.UNUSABLE
     if one.name.startswith("."):
-        return "a hidden file or folder"
+        return "a hidden file or folder", Kind.NO_HEAD_CT
     if one.is_dir():
-        return ""
+        return "", Kind.UNUSABLE
     if not one.is_file():
-        return "neither a file nor a folder"
+        return "neither a file nor a folder", Kind.UNUSABLE
     one.stat()
     # Part of the walk, so that permission given later is noticed: it changes neither size nor time.
-    return "" if os.access(one.path, os.R_OK) else "cannot be opened (Permission denied)"
+    return "" if os.access(one.path, os.R_OK) else "cannot be opened (Permission denied)", Kind.DENIED
+
+
+def _kind_of(error: OSError) -> Kind:
+    """Return the kind of fault of a file that the system does not open."""
+    return Kind.DENIED if isinstance(error, PermissionError) else Kind.UNUSABLE
 
 
 def denied_text(faults: Iterable[Fault]) -> str:
     """Return the error for files and folders that this user may not open; empty if there are none."""
-    which = [fault.what for fault in faults if fault.reason.endswith("cannot be opened (Permission denied)")]
+    which = [fault.what for fault in faults if fault.kind is Kind.DENIED]
     if not which:
         return ""
     return (
@@ -190,7 +199,11 @@ def scan(
         progress(len(records), len(fresh))
     pairs = []
     for f in files:
-        record = FileRecord(fault=f.refused) if f.refused else records.get(f.code) or _placed(known[f.code][1], f.path)
+        record = (
+            FileRecord(fault=f.refused, kind=f.kind)
+            if f.refused
+            else records.get(f.code) or _placed(known[f.code][1], f.path)
+        )
         pairs.append((f, record))
     return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
 
@@ -228,9 +241,9 @@ def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool) -> F
             return FileRecord(mask=dicom_mask(dicom, found.path, pseudonyms, found.code))
         return FileRecord(images=images_of(dicom, found.path, pseudonyms, accept_lossy, found.code))
     except DicomError as error:
-        return FileRecord(fault=str(error))
+        return FileRecord(fault=str(error), kind=error.kind)
     except OSError as error:
-        return FileRecord(fault=f"cannot be opened ({error.strerror or type(error).__name__})")
+        return FileRecord(fault=f"cannot be opened ({error.strerror or type(error).__name__})", kind=_kind_of(error))
     except Exception:  # one bad file never stops a hospital's ingest
         return FileRecord(fault="damaged: its content cannot be read; export the file again")
 
@@ -242,18 +255,18 @@ def _sort_out(pairs: list[tuple[FoundFile, FileRecord]], mixed: bool, masks: Pat
     for f, record in pairs:
         what = f"file {f.code}"
         if record.fault:
-            faults.append(Fault(what, record.fault))
+            faults.append(Fault(what, record.fault, record.kind))
         elif record.mask is None:
             instances[record.images[0].instance].append((f, record))
         elif f.place == "masks" or (mixed and masks is not None and f.path.is_relative_to(masks)):
             mask_files.append(record.mask)
         else:
-            faults.append(Fault(what, _AMONG_IMAGES[record.mask.kind in ("seg", "rtstruct")]))
+            faults.append(Fault(what, _AMONG_IMAGES[record.mask.kind in ("seg", "rtstruct")], Kind.AMONG_IMAGES))
     for (first, record), *others in instances.values():
         if all(_same_content(first.path, f.path) for f, _ in others):
             images += record.images
             reason = f"the same image as file {first.code}, byte for byte; counted once"
-            faults += [Fault(f"file {f.code}", reason) for f, _ in others]
+            faults += [Fault(f"file {f.code}", reason, Kind.COPY) for f, _ in others]
         else:
             reason = f"one SOPInstanceUID on {len(others) + 1} files that differ: which is right is not known, none is taken; export them again"
             faults += [Fault(f"file {f.code}", reason) for f in (first, *(f for f, _ in others))]

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from client.dicom.faults import Fault
+from client.dicom.faults import Fault, Kind
 from client.ingest.read_series import CachedSeries, PartRow
 from shared.slices import COLUMNS, SIDE_PX, CacheError, SliceCache, read_cache
 
@@ -61,7 +61,7 @@ def read_journal(folder: Path) -> list[StoredSeries]:
         try:
             fingerprint, series, patient, spacing_mm, rows, faults = json.loads(line)
             kept = tuple(PartRow(i, z, m, tuple(flags), content) for i, z, m, flags, content in rows)
-            found = tuple(Fault(what, reason) for what, reason in faults)
+            found = tuple(Fault(what, reason, Kind(kind)) for what, reason, kind in faults)
         except ValueError:  # the line that a stop cut
             break
         if start + len(kept) > min(sizes):

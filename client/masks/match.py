@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydicom.uid import RTStructureSetStorage
 
 from client.dicom.elements import DicomFile, class_name, text
-from client.dicom.faults import DicomError, Fault
+from client.dicom.faults import DicomError, Fault, Kind
 from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries
 from client.masks.drawn import EXPECTED, PIECES, Drawn, OtherSegment, Tally, unite
@@ -305,7 +305,7 @@ def _check_one_segment(drawn: Iterable[Drawn], segments: Sequence[str | int]) ->
 def _remarks(file: MaskFile, tally: Tally, series: CtSeries) -> list[Fault]:
     """Return what of a used file was left out and is missed."""
     missed = [
-        Fault(f"file {file.file}", f"{count} of its {tally.total} {tally.kind} left out: {reason}")
+        Fault(f"file {file.file}", f"{count} of its {tally.total} {tally.kind} left out: {reason}", Kind.IN_PART)
         for reason, count in tally.left
         if reason not in EXPECTED
     ]

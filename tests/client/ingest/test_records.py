@@ -67,7 +67,7 @@ def test_no_record_is_no_fault(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [write_records, append_records])
 def test_every_cut_gives_whole_records_only(site: Site, tmp_path: Path, keep: object) -> None:
     pairs = pairs_of(site)
-    keep(tmp_path / "kept", site, pairs)
+    keep(tmp_path / "kept", site, Pseudonyms(site.key()), pairs)
     whole, expected = (tmp_path / "kept").read_bytes(), known(pairs)
     counts = set()
     for end in range(0, len(whole), 7):

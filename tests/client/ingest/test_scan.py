@@ -130,7 +130,7 @@ def test_codes_do_not_depend_on_where_the_folder_is(tmp_path: Path) -> None:
     before = [f.code for f in walk(site, Pseudonyms(site.key()))]
     manifest = manifest_of(walk(site, Pseudonyms(site.key())))
     (tmp_path / "one").rename(tmp_path / "two")
-    moved = walk(read_site(tmp_path / "two" / "site.yaml"))
+    moved = walk(other := read_site(tmp_path / "two" / "site.yaml"), Pseudonyms(other.key()))
     assert [f.code for f in moved] == before
     assert manifest_of(moved) == manifest
 
