@@ -19,17 +19,11 @@ from server.centre.registry import registered_nodes
 from server.centre.signing import sign_as_centre
 from server.evaluation.evaluate import EvaluationError, summarise_run
 from server.evaluation.report import write_report
+from server.federation.exchange import content_or_raise, send_and_receive
 from server.federation.heads import ProbeError, final_heads, keeps_heads
 from server.federation.plausible import check_tally
 from server.federation.robust import longest_update
-from server.federation.roster import (
-    Participant,
-    QuorumError,
-    RunContext,
-    content_or_raise,
-    send_and_receive,
-    wait_for_quorum,
-)
+from server.federation.roster import Participant, QuorumError, RunContext, wait_for_quorum
 from server.federation.round_line import describe_round, round_text
 from server.federation.strategy import repeat_round
 from server.storage.checkpoint import (

@@ -15,7 +15,7 @@ from server.centre.authority import days_left, fingerprint
 from server.centre.config import Centre, CentreError, expiry_warnings, init_centre, read_centre, renew_certificates
 from server.centre.daemon import Daemon
 from server.centre.registry import INVITATION_DAYS, invitation_path, invite, register, revoke
-from server.centre.run_request import TERMINAL, is_running, read_wanted, want_run, write_wanted
+from server.centre.run_request import TERMINAL, is_running, read_request, request_run, write_request
 from server.centre.status import follow_run, sites_table, status_lines, write_unit
 from server.storage.run_folder import check_run, flatten, new_run_name, read_keys
 from shared.config import parse_config
@@ -163,7 +163,7 @@ def run_command(
         if not is_running(centre):
             raise CentreError(f"the centre in {folder} is not running; 'hemafed-server start {folder}' does that")
         check_run(centre.runs, name, parsed)
-        want_run(centre, name, config)
+        request_run(centre, name, config)
         say(f"run {name} is on its way: hemafed-server status {folder}")
         ended = follow_run(centre, name, say) if follow else None
     except (HemafedError, OSError) as error:
@@ -177,14 +177,14 @@ def stop_command(folder: CentreFolder) -> None:
     """Stop the run that is going on; its checkpoint stays, and `run --set run.resume=true` goes on with it."""
     try:
         centre = read_centre(folder)
-        wanted = read_wanted(centre)
-        if wanted is None or wanted.status in TERMINAL:
+        request = read_request(centre)
+        if request is None or request.status in TERMINAL:
             raise CentreError("no run is going on; 'hemafed-server status' shows the last one")
-        write_wanted(centre, replace(wanted, stop=True))
+        write_request(centre, replace(request, stop=True))
     except (HemafedError, OSError) as error:
         fail(error)
-    own = shlex.quote(str(centre.runs / wanted.name / "config.toml"))
-    say(f"run {wanted.name} is being stopped; to go on with it:")
+    own = shlex.quote(str(centre.runs / request.name / "config.toml"))
+    say(f"run {request.name} is being stopped; to go on with it:")
     say(f"    hemafed-server run {shlex.quote(str(folder))} --preset {own} --set run.resume=true")
 
 

@@ -4,7 +4,7 @@
     keys/                 authority; certificates of the public and the loopback server and for instructions; SuperExec's secret
     sites/NAME.json       one file per hospital: invited, registered or revoked, and since when
     flower/               Flower's home: connection and app bundles
-    state/                what the running centre writes: its processes, their logs, the run that is wanted
+    state/                what the running centre writes: its processes, their logs, the requested run
     runs/                 results
 
 All of the centre is in this folder; a backup of it is a backup of the centre.

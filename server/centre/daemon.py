@@ -1,4 +1,4 @@
-"""The running centre: Flower's SuperLink and SuperExec, the proxy in front, the hospitals' keys and the run that is wanted.
+"""The running centre: Flower's SuperLink and SuperExec, the proxy in front, the hospitals' keys and the requested run.
 
 The SuperLink keeps its state in memory: its SQLite loses replies under load, and what a run must not lose is in our
 own checkpoint. A SuperLink that ended is restarted, the hospitals' keys are registered again and the run resumes from
@@ -15,11 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-
-import tomli_w
 
 from server.centre.config import CONNECTION, Centre, CentreError, expiry_warnings
 from server.centre.flower_commands import centre_environment, flwr, write_credentials
@@ -32,21 +28,17 @@ from server.centre.proxy import (
     write_proxy_config,
 )
 from server.centre.registry import RegisteredSite, read_sites, write_nodes
-from server.centre.run_request import TERMINAL, RunRequest, lock_path, read_wanted, write_trouble, write_wanted
-from server.storage.run_folder import read_status, write_status
+from server.centre.run_request import lock_path, write_trouble
+from server.centre.run_supervisor import after_restart, supervise
 from shared.host.files import bound_log
 from shared.host.processes import HeldError, answers, end_owned, hold
 
-ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 60.0
-LOOK_S, ASK_FLOWER_S = 1.0, 15.0
+LOOK_S = 1.0
 RESTART_PAUSE_S, LONGEST_RESTART_S, RETRY_S = 2.0, 60.0, 10.0
 STEADY_S = 120.0  # a centre that served that long did not fail at its start
 NGINX_START_S = 5.0
-MOST_ATTEMPTS = 30  # of a run whose process ends without a word; with pauses more than two hours
-LONGEST_PAUSE_S = 300.0
 LARGEST_LOG = 50_000_000  # bytes; as much again is kept of the lines before
-RESTARTED = "the server was restarted"
 
 
 class Daemon:
@@ -57,7 +49,7 @@ class Daemon:
         self._stopping = threading.Event()
         self._processes: dict[str, subprocess.Popen] = {}
         self._registered: dict[str, tuple[str, str]] = {}  # site -> public key, node id
-        self._looked = 0.0
+        self._asked = 0.0
         self._warned = ""
 
     def stop(self, *_: object) -> None:
@@ -103,10 +95,7 @@ class Daemon:
     def _serve(self) -> None:
         """Start all processes; return when one of Flower's has ended, or on `stop`."""
         self._start_flower()
-        wanted = read_wanted(self._centre)
-        if wanted is not None and wanted.status == "running":  # of the SuperLink before
-            ended = read_status(self._centre.runs / wanted.name).state == "finished"
-            self._write(wanted, status="finished" if ended else "waiting", error="" if ended else RESTARTED)
+        after_restart(self._centre)
         self._registered = {}
         self._sync_sites()
         self._start_proxy()  # last: a hospital that came before its key was registered would be turned away
@@ -117,7 +106,7 @@ class Daemon:
             try:
                 self._warn_of_expiry()
                 self._sync_sites()
-                self._sync_run()
+                self._asked = supervise(self._centre, self._asked, self._say)
                 self._bound_logs()
             except (CentreError, OSError) as error:  # a busy SuperLink, a full disk: no reason to end what runs
                 self._say(f"{error}; again in {RETRY_S:g} s")
@@ -267,68 +256,6 @@ class Daemon:
     def _tell_nodes(self) -> None:
         """Say in state/nodes.json which node is which site."""
         write_nodes(self._centre, {name: node for name, (_, node) in self._registered.items()})
-
-    def _sync_run(self) -> None:
-        """Start, resume, stop or follow the run that is wanted."""
-        wanted = read_wanted(self._centre)
-        if wanted is None or wanted.status in TERMINAL:
-            return
-        if wanted.stop:
-            with suppress(CentreError):  # it may have ended by itself
-                flwr(self._centre, "stop", wanted.flower_run, CONNECTION)
-            self._write(wanted, status="stopped")
-        elif wanted.status == "waiting" and time.time() >= wanted.not_before:
-            self._launch(wanted)
-        elif wanted.status == "running":
-            self._follow(wanted)
-
-    def _launch(self, wanted: RunRequest) -> None:
-        """`flwr run`, resuming where the run has a folder."""
-        centre, resume = self._centre, (self._centre.runs / wanted.name / "config.toml").is_file()
-        places = {"id": wanted.name, "folder": str(centre.runs), "resume": resume}
-        config = wanted.config | {"run": wanted.config.get("run", {}) | places}
-        if resume:
-            write_status(centre.runs / wanted.name, "waiting", what="the start")  # what it said before is over
-        path = centre.state / "run-config.toml"
-        path.write_text(tomli_w.dumps(config))
-        try:
-            told = flwr(centre, "run", str(ROOT), CONNECTION, "--run-config", str(path))
-        except CentreError as error:
-            self._write(wanted, status="failed", error=str(error))
-            return
-        self._write(wanted, status="running", flower_run=str(told["run-id"]), attempts=wanted.attempts + 1)
-        self._say(f"run {wanted.name}: {'resumed' if resume else 'started'} as Flower's run {told['run-id']}")
-
-    def _follow(self, wanted: RunRequest) -> None:
-        """See whether the run has ended, and how."""
-        said = read_status(self._centre.runs / wanted.name).state
-        if said not in ("finished", "failed") and time.monotonic() - self._looked < ASK_FLOWER_S:
-            return
-        self._looked = time.monotonic()
-        runs = flwr(self._centre, "ls", CONNECTION, "--run-id", wanted.flower_run)["runs"]
-        status = runs[0]["status"]
-        if not status.startswith("finished"):
-            return
-        error = read_status(self._centre.runs / wanted.name).error
-        if status == "finished:completed":
-            self._write(wanted, status="finished", error="")
-        elif said in ("failed", ""):  # it said why, or never began; to do the same again would end the same
-            self._write(wanted, status="failed", error=error or runs[0].get("status-details", status))
-        elif wanted.attempts >= MOST_ATTEMPTS:
-            self._write(wanted, status="failed", error=f"{status} {MOST_ATTEMPTS} times; see {self._log('superexec')}")
-        else:
-            pause_s = min(10.0 * 2**wanted.attempts, LONGEST_PAUSE_S)
-            self._write(
-                wanted, status="waiting", error=f"its process ended ({status})", not_before=time.time() + pause_s
-            )
-            self._say(f"run {wanted.name}: {status} without a word; again in {pause_s:.0f} s")
-            return
-        self._say(f"run {wanted.name}: {read_wanted(self._centre).status} {error}")
-
-    def _write(self, wanted: RunRequest, **changes: object) -> None:
-        """Change state/run.json; a stop that was asked for meanwhile is kept."""
-        now = read_wanted(self._centre) or wanted
-        write_wanted(self._centre, replace(now, **changes))
 
     def _bound_logs(self) -> None:
         """Keep the newest lines of Flower's programs and of the door."""

@@ -41,29 +41,29 @@ class RunRequest:
     stop: bool = False
 
 
-def read_wanted(centre: Centre) -> RunRequest | None:
-    """The run that is wanted or was the last; None if there never was one."""
+def read_request(centre: Centre) -> RunRequest | None:
+    """Return the request of the present or last run; None if there never was one."""
     path = centre.state / "run.json"
     return RunRequest(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def write_wanted(centre: Centre, wanted: RunRequest) -> None:
+def write_request(centre: Centre, request: RunRequest) -> None:
     """Replace state/run.json in one step."""
-    replace_text(centre.state / "run.json", json.dumps(asdict(wanted), indent=2) + "\n")
+    replace_text(centre.state / "run.json", json.dumps(asdict(request), indent=2) + "\n")
 
 
-def want_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
+def request_run(centre: Centre, name: str, config: dict[str, dict]) -> None:
     """Ask for a run.
 
     Raises:
       CentreError: another one is going on.
     """
-    last = read_wanted(centre)
+    last = read_request(centre)
     if last is not None and last.status not in TERMINAL:
         raise CentreError(
             f"run {last.name!r} is {last.status}; a centre carries out one run at a time: wait, or 'hemafed-server stop' it"
         )
-    write_wanted(centre, RunRequest(name, config))
+    write_request(centre, RunRequest(name, config))
 
 
 def write_trouble(centre: Centre, text: str) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from server.centre.config import CONNECTION, Centre, CentreError, expiry_warnings
 from server.centre.flower_commands import flwr
 from server.centre.registry import read_nodes, read_sites
-from server.centre.run_request import TERMINAL, RunRequest, is_running, read_trouble, read_wanted
+from server.centre.run_request import TERMINAL, RunRequest, is_running, read_request, read_trouble
 from server.storage.lines import RoundLine
 from server.storage.run_folder import read_rounds, read_status
 from shared.host.systemd import unit_text
@@ -70,24 +70,24 @@ def status_lines(centre: Centre) -> Iterator[str]:
     registered = sorted(name for name, site in sites.items() if site.status == "registered")
     if running:
         yield f"hospitals online: {', '.join(here) or 'none'} (of {len(registered)} registered)"
-    wanted = read_wanted(centre)
-    if wanted is None:
+    request = read_request(centre)
+    if request is None:
         yield "no run yet; 'hemafed-server run' starts one"
         return
-    yield from run_lines(centre, wanted)
+    yield from run_lines(centre, request)
 
 
-def run_lines(centre: Centre, wanted: RunRequest) -> Iterator[str]:
+def run_lines(centre: Centre, request: RunRequest) -> Iterator[str]:
     """Status of a run."""
-    run = centre.runs / wanted.name
+    run = centre.runs / request.name
     status, rounds = read_status(run), read_rounds(run)
-    told = f"run {wanted.name}: {wanted.status}"
+    told = f"run {request.name}: {request.status}"
     if rounds:
         told += f", {rounds[-1].round} rounds done, the last {_ago(rounds[-1].time)}"
-    if wanted.attempts > 1:
-        told += f", started {wanted.attempts} times"
-    yield told + (f"; {wanted.error}" if wanted.error else "")
-    if wanted.status not in TERMINAL and status.state:
+    if request.attempts > 1:
+        told += f", started {request.attempts} times"
+    yield told + (f"; {request.error}" if request.error else "")
+    if request.status not in TERMINAL and status.state:
         doing = {"waiting": "waiting for"}.get(status.state, status.state)
         yield f"  {doing} {status.what} {_ago(status.time)}".rstrip()
         if status.sites:
@@ -130,9 +130,9 @@ def follow_run(centre: Centre, name: str, say: Callable[[str], None]) -> RunRequ
             state = now
             if status.state == "waiting":
                 say(f"waiting for {status.what}")
-        wanted = read_wanted(centre)
-        if wanted is None or wanted.name != name or wanted.status in TERMINAL:
-            return wanted
+        request = read_request(centre)
+        if request is None or request.name != name or request.status in TERMINAL:
+            return request
         time.sleep(FOLLOW_S)
 
 

@@ -18,8 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.exchange import content_or_raise, send_and_receive
 from server.federation.robust import combine, is_plain
-from server.federation.roster import Participant, QuorumError, content_or_raise, send_and_receive
+from server.federation.roster import Participant, QuorumError
 from shared.config import ConfigError, FederationSettings, RunConfig
 from shared.errors import HemafedError
 from shared.groups import HEADS, TENSOR_GROUPS

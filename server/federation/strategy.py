@@ -16,17 +16,10 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from server.federation.aggregate import WeightedSum, fold, mean
+from server.federation.exchange import Late, content_or_raise, send_and_receive
 from server.federation.plausible import check_metrics, check_tally
 from server.federation.robust import combine, is_plain, update_norm
-from server.federation.roster import (
-    Late,
-    Participant,
-    QuorumError,
-    RunContext,
-    content_or_raise,
-    send_and_receive,
-    wait_for_quorum,
-)
+from server.federation.roster import Participant, QuorumError, RunContext, wait_for_quorum
 from server.federation.server_step import server_step
 from server.storage.checkpoint import Moments
 from server.storage.run_folder import write_status

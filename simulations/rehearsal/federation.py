@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from server.centre.config import Centre, read_centre
-from server.centre.run_request import TERMINAL, read_wanted
+from server.centre.run_request import TERMINAL, read_request
 from server.centre.status import online
 from server.storage.run_folder import read_rounds, read_status
 from shared.errors import HemafedError
@@ -167,7 +167,7 @@ class Federation:
         """Return when a run has finished so many rounds."""
 
         def reached() -> bool:
-            wanted = read_wanted(self.centre)
+            wanted = read_request(self.centre)
             if wanted is not None and wanted.status in TERMINAL and wanted.status != "finished":
                 raise FederationError(f"run {run} {wanted.status} before round {rounds}: {wanted.error}")
             return len(read_rounds(self.run_folder(run))) >= rounds
@@ -187,11 +187,11 @@ class Federation:
         """Return the final status of a run at the centre."""
 
         def ended() -> bool:
-            wanted = read_wanted(self.centre)
+            wanted = read_request(self.centre)
             return wanted is not None and wanted.name == run and wanted.status in TERMINAL
 
         self.wait_for(ended, timeout_s, f"the end of {run}")
-        return read_wanted(self.centre).status
+        return read_request(self.centre).status
 
     def wait_for(self, what: Callable[[], bool], timeout_s: float, name: str, pause_s: float = 0.2) -> None:
         """Return when something is so.

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.centre.run_request import read_wanted
+from server.centre.run_request import read_request
 from server.storage.run_folder import read_rounds
 from simulations.rehearsal.federation import Federation, enrol, federate
 from tests.conftest import small_config
@@ -167,5 +167,5 @@ def test_a_revoked_hospital_is_turned_away_and_the_others_go_on(federation: Fede
 def test_a_run_is_stopped_on_request_and_its_checkpoint_stays(federation: Federation) -> None:
     federation.command("hemafed-server", "stop", str(federation.centre.folder))
     assert federation.wait_end("faults", 60) == "stopped"
-    assert read_wanted(federation.centre).status == "stopped"
+    assert read_request(federation.centre).status == "stopped"
     assert len(list((federation.run_folder("faults") / "checkpoint").glob("round-*"))) == 2

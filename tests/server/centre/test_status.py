@@ -12,7 +12,15 @@ import pytest
 from server.centre.authority import issue_server, read_certificate
 from server.centre.config import Centre, CentreError
 from server.centre.registry import read_sites
-from server.centre.run_request import TERMINAL, RunRequest, is_running, lock_path, read_wanted, want_run, write_wanted
+from server.centre.run_request import (
+    TERMINAL,
+    RunRequest,
+    is_running,
+    lock_path,
+    read_request,
+    request_run,
+    write_request,
+)
 from server.centre.status import follow_run, last_refusals, online, sites_table, status_lines, write_unit
 from server.storage.lines import RoundLine, SiteLine
 from server.storage.run_folder import append_round, write_status
@@ -54,34 +62,34 @@ def stands(centre: Centre, state: str, **facts: object) -> None:
 
 
 def test_what_is_wanted_is_kept(centre: Centre) -> None:
-    assert read_wanted(centre) is None
-    want_run(centre, "one", CONFIG)
-    assert read_wanted(centre) == RunRequest("one", CONFIG, "waiting")
+    assert read_request(centre) is None
+    request_run(centre, "one", CONFIG)
+    assert read_request(centre) == RunRequest("one", CONFIG, "waiting")
     running = replace(
         RunRequest("one", CONFIG), status="running", attempts=2, flower_run="17", not_before=1.5, stop=True
     )
-    write_wanted(centre, running)
-    assert read_wanted(centre) == running
+    write_request(centre, running)
+    assert read_request(centre) == running
     assert [path.name for path in centre.state.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize("status", ["waiting", "running"])
 def test_a_second_run_is_refused_while_one_goes_on(centre: Centre, status: str) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, status))
+    write_request(centre, RunRequest("one", CONFIG, status))
     with pytest.raises(
         CentreError,
         match=f"run 'one' is {status}; a centre carries out one run at a time: wait, or 'hemafed-server stop' it",
     ):
-        want_run(centre, "two", {})
-    assert read_wanted(centre) == RunRequest("one", CONFIG, status)
+        request_run(centre, "two", {})
+    assert read_request(centre) == RunRequest("one", CONFIG, status)
 
 
 @pytest.mark.parametrize("status", ["finished", "failed", "stopped"])
 def test_a_second_run_begins_afresh_once_the_first_has_ended(centre: Centre, status: str) -> None:
     assert status in TERMINAL
-    write_wanted(centre, RunRequest("one", CONFIG, status, attempts=3, error="of old", stop=True))
-    want_run(centre, "two", {})
-    assert read_wanted(centre) == RunRequest("two", {})
+    write_request(centre, RunRequest("one", CONFIG, status, attempts=3, error="of old", stop=True))
+    request_run(centre, "two", {})
+    assert read_request(centre) == RunRequest("two", {})
 
 
 def test_a_centre_runs_as_long_as_its_daemon_holds_the_lock(centre: Centre, tmp_path: Path) -> None:
@@ -131,7 +139,7 @@ def test_a_disk_that_is_nearly_full_is_told(centre: Centre, monkeypatch: pytest.
 
 
 def test_a_run_says_for_whom_it_waits(centre: Centre) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, "running", attempts=1))
+    write_request(centre, RunRequest("one", CONFIG, "running", attempts=1))
     assert lines(centre) == ["run one: running"]
     stands(centre, "running", what="round 1 of 3", sites=["hospital-02", "hospital-05"])
     assert lines(centre) == [
@@ -144,7 +152,7 @@ def test_a_run_says_for_whom_it_waits(centre: Centre) -> None:
 
 
 def test_a_run_says_how_far_it_is_and_how_often_it_was_started(centre: Centre) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, "waiting", attempts=3, error="the server was restarted"))
+    write_request(centre, RunRequest("one", CONFIG, "waiting", attempts=3, error="the server was restarted"))
     done(centre, 1, ("hospital-01",), ago_s=8000)
     done(centre, 2, ("hospital-01",), ago_s=301)
     assert lines(centre) == [
@@ -153,7 +161,7 @@ def test_a_run_says_how_far_it_is_and_how_often_it_was_started(centre: Centre) -
 
 
 def test_a_round_that_was_done_again_counts_once(centre: Centre) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, "running"))
+    write_request(centre, RunRequest("one", CONFIG, "running"))
     done(centre, 1, ("hospital-01",))
     done(centre, 2, ("hospital-01",), **{"hospital-02": "no reply"})
     with open(centre.runs / "one" / "rounds.jsonl", "a") as file:
@@ -164,7 +172,7 @@ def test_a_round_that_was_done_again_counts_once(centre: Centre) -> None:
 
 @pytest.mark.parametrize("status", TERMINAL)
 def test_a_run_that_has_ended_waits_for_nobody(centre: Centre, status: str) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, status, error="on request"))
+    write_request(centre, RunRequest("one", CONFIG, status, error="on request"))
     stands(centre, "running", what="round 2 of 3", sites=["hospital-02"])
     assert lines(centre) == [f"run one: {status}; on request"]
 
@@ -183,13 +191,13 @@ def test_a_run_that_has_ended_waits_for_nobody(centre: Centre, status: str) -> N
     ],
 )
 def test_time_is_told_in_a_unit_that_says_something(centre: Centre, ago_s: float, told: str) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, "running"))
+    write_request(centre, RunRequest("one", CONFIG, "running"))
     done(centre, 1, ago_s=ago_s)
     assert lines(centre) == [f"run one: running, 1 rounds done, the last {told} ago"]
 
 
 def test_the_last_error_of_each_site_is_told_until_a_good_update_follows(centre: Centre) -> None:
-    write_wanted(centre, RunRequest("one", CONFIG, "running"))
+    write_request(centre, RunRequest("one", CONFIG, "running"))
 
     def errors() -> list[str]:
         return [line for line in lines(centre) if "last error" in line]
@@ -229,7 +237,7 @@ def test_the_table_of_sites_shows_status_and_key_of_each(centre: Centre, tmp_pat
 def test_a_run_is_followed_to_its_end(centre: Centre, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds that were there before come first, and each once."""
     monkeypatch.setattr("server.centre.status.FOLLOW_S", 0.02)
-    write_wanted(centre, RunRequest("one", CONFIG, "running"))
+    write_request(centre, RunRequest("one", CONFIG, "running"))
     done(centre, 1, ("hospital-02", "hospital-01"))
     said: list[str] = []
 
@@ -240,7 +248,7 @@ def test_a_run_is_followed_to_its_end(centre: Centre, monkeypatch: pytest.Monkey
         stands(centre, "running", what="round 2 of 3")
         done(centre, 2, ("hospital-01",), **{"hospital-02": "no reply"})
         wait(lambda: len(said) == 3)
-        write_wanted(centre, RunRequest("one", CONFIG, "failed", error="full disk"))
+        write_request(centre, RunRequest("one", CONFIG, "failed", error="full disk"))
 
     def wait(until: object) -> None:
         end = time.monotonic() + 20
@@ -260,7 +268,7 @@ def test_a_run_is_followed_to_its_end(centre: Centre, monkeypatch: pytest.Monkey
 
 
 def test_a_run_is_not_followed_into_the_next(centre: Centre) -> None:
-    write_wanted(centre, RunRequest("two", CONFIG, "running"))
+    write_request(centre, RunRequest("two", CONFIG, "running"))
     assert follow_run(centre, "one", lambda line: pytest.fail(line)) == RunRequest("two", CONFIG, "running")
 
 

@@ -7,8 +7,9 @@ from threading import Event
 import pytest
 from flwr.app import Message, RecordDict
 
-from server.federation import roster
-from server.federation.roster import QuorumError, RunContext, send_and_receive, wait_for_quorum
+from server.federation import exchange, roster
+from server.federation.exchange import send_and_receive
+from server.federation.roster import QuorumError, RunContext, wait_for_quorum
 from server.federation.strategy import repeat_round
 from shared.config import FederationSettings
 from shared.refusals import TEXTS, Refusal
@@ -31,7 +32,7 @@ def test_a_hospital_that_was_slow_to_say_who_it_is_takes_part_once_it_has(
     two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roster, "HELLO_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(roster, "LAST_LOOK_S", 0.1)
+    monkeypatch.setattr(exchange, "LAST_LOOK_S", 0.1)
     flat = small_config(federation__wait_s=60.0)
     grid = LoopbackGrid([two.files[n] for n in NAMES], flat, late={2: 6})
     session, _, _ = beginning(grid, flat, two)
@@ -95,7 +96,7 @@ class HalfSent(LoopbackGrid):
 def test_a_reply_that_was_sent_in_part_does_not_hold_the_round_beyond_its_deadline(
     two: SmallHospitals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "LAST_LOOK_S", 1.0)
+    monkeypatch.setattr(exchange, "LAST_LOOK_S", 1.0)
     flat = small_config(federation__rounds=3, federation__quorum=1, federation__round_deadline_s=3.0)
     grid = HalfSent([two.files[name] for name in NAMES], flat)
     session, strategy, arrays = beginning(grid, flat, two)

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from client.training.round import build_learner, training_inputs
-from client.training.round import run_round as train_locally
+from client.training.round import train_round as train_locally
 from server.federation.robust import LONGEST, longest_update
 from server.federation.roster import QuorumError, RunContext, wait_for_quorum
 from server.federation.strategy import repeat_round, run_round
