@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from server.centre.run_request import read_request
+from server.storage.lines import RoundLine
 from server.storage.run_folder import read_rounds
 from simulations.rehearsal.federation import Federation, enrol, federate
 from tests.conftest import small_config
@@ -57,7 +58,7 @@ def line(running: tuple[Federation, Relay]) -> Relay:
     return running[1]
 
 
-def rounds(federation: Federation) -> list[dict]:
+def rounds(federation: Federation) -> list[RoundLine]:
     return read_rounds(federation.run_folder("faults"))
 
 
@@ -84,7 +85,10 @@ def wait_back(federation: Federation, name: str) -> None:
 def training_app(federation: Federation, name: str) -> psutil.Process:
     """The process of a hospital that trains now: its first epoch is done, others are not."""
     federation.wait_line(name, "epoch 1 of 10", after=len(federation.log(name).read_text()))
-    return psutil.Process(int((federation.state(name) / "centre" / "app.pid").read_text()))
+    started = federation.started_by(name)
+    known = {process.pid for process in started}
+    (app,) = (process for process in started if process.ppid() in known)  # forked by the warm one for this message
+    return app
 
 
 def test_a_hospital_that_comes_late_takes_part(federation: Federation) -> None:
@@ -149,7 +153,7 @@ def test_all_hospitals_gone_is_said_and_waited_for(federation: Federation) -> No
     assert len(rounds(federation)) == before, "nothing is averaged"
     federation.start("hospital-01")
     federation.wait_rounds("faults", before + 1, 240)
-    assert set(rounds(federation)[before]["sites"]) == {"hospital-01"}
+    assert set(rounds(federation)[before].sites) == {"hospital-01"}
 
 
 def test_a_revoked_hospital_is_turned_away_and_the_others_go_on(federation: Federation) -> None:
@@ -158,8 +162,8 @@ def test_a_revoked_hospital_is_turned_away_and_the_others_go_on(federation: Fede
     federation.command("hemafed-server", "revoke", str(federation.centre.folder), "hospital-03")
     place = len(federation.log("hospital-03").read_text())
     federation.wait_rounds("faults", len(rounds(federation)) + 2, 240)
-    assert "hospital-03" not in rounds(federation)[-1]["sites"]
-    assert "hospital-01" in rounds(federation)[-1]["sites"]
+    assert "hospital-03" not in rounds(federation)[-1].sites
+    assert "hospital-01" in rounds(federation)[-1].sites
     federation.wait_line("hospital-03", "the centre does not take this node", place)
     assert "revoked" in federation.command("hemafed-server", "sites", str(federation.centre.folder))
 
