@@ -8,6 +8,7 @@ held-out hospitals comes after (server/evaluation/evaluate.py), from the folder 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,17 +35,19 @@ from server.storage.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from server.storage.lines import SiteSummary, Summary
 from server.storage.run_folder import (
     RunError,
     append_round,
     forget_test,
     open_run,
     read_rounds,
+    read_summary,
     record_config,
     save_tally,
-    update_summary,
     write_patiently,
     write_status,
+    write_summary,
 )
 from shared.config import ConfigError, RunConfig, parse_config
 from shared.groups import HEADS, groups_shared
@@ -147,7 +150,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     for member in members:
         log.info(f"{member.site}: weight {member.weight:g}, {member.counts or 'counts withheld by its policy'}")
     if first == 1:
-        update_summary(run, {"config_hash": config.hash(), "rounds": 0, "sites": {m.site: _public(m) for m in members}})
+        write_summary(run, Summary(config.hash(), 0, {m.site: _public(m) for m in members}))
         write_tensors(run / "checkpoint" / "initial.safetensors", arrays, {})
         save_checkpoint(run / "checkpoint", 0, arrays, moments)
         log.info("testing the initial model")
@@ -218,19 +221,18 @@ def test_seen(
 def finish(run: Path, members: list[Participant]) -> None:
     """Summary and report of what is known so far: all but the held-out hospitals."""
     rounds = read_rounds(run)
-    update_summary(
-        run,
-        {
-            "rounds": len(rounds),
-            "sites": {m.site: _public(m) for m in members},
-            "bytes_up_per_round": float(np.mean([line.bytes_up for line in rounds])),
-            "seconds_per_round": float(np.mean([line.seconds for line in rounds])),
-        },
+    done = replace(
+        read_summary(run),
+        rounds=len(rounds),
+        sites={m.site: _public(m) for m in members},
+        bytes_up_per_round=float(np.mean([line.bytes_up for line in rounds])),
+        seconds_per_round=float(np.mean([line.seconds for line in rounds])),
     )
+    write_summary(run, done)
     summarise_run(run)
     write_report(run)
 
 
-def _public(member: Participant) -> dict:
+def _public(member: Participant) -> SiteSummary:
     """Return the summary's entry for a hospital."""
-    return {"role": member.role, "weight": member.weight, **member.counts}
+    return SiteSummary(member.role, member.weight, **member.counts)

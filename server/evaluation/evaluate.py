@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from server.evaluation.examples import draw_examples
 from server.storage.checkpoint import load_checkpoint, read_tensors
+from server.storage.lines import SiteSummary
 from server.storage.run_folder import (
     EXAMPLES,
     STAGES,
@@ -24,7 +25,7 @@ from server.storage.run_folder import (
     read_rounds,
     read_summary,
     save_tally,
-    update_summary,
+    write_summary,
 )
 from shared.config import RunConfig
 from shared.errors import HemafedError
@@ -143,8 +144,9 @@ def evaluate_unseen(
             save_tally(run, stage, "unseen", site.name, tally, hashes[stage])
     check_unseen(run, hashes.__getitem__)
     draw_examples(run / "evaluation" / EXAMPLES, model, heads, {site.name: cache for site, cache in sites}, config)
-    counts = {site.name: cache.counts() | {"role": site.role} for site, cache in sites}
-    update_summary(run, {"sites": read_summary(run).get("sites", {}) | counts})
+    tested = {site.name: SiteSummary(site.role, **cache.counts()) for site, cache in sites}
+    summary = read_summary(run)
+    write_summary(run, replace(summary, sites=summary.sites | tested))
     summarise_run(run)
 
 
@@ -191,7 +193,8 @@ def check_unseen(run: Path, hash_of: Callable[[str], str]) -> None:
 def summarise_run(run: Path) -> None:
     """Compute every metric from the counts that are there, and put them into summary.json."""
     results = {stage: _summarise_stage(run, stage) for stage in STAGES}
-    update_summary(run, {"evaluation": results["final"], "evaluation_before_training": results["initial"]})
+    changes = {"evaluation": results["final"], "evaluation_before_training": results["initial"]}
+    write_summary(run, replace(read_summary(run), **changes))
 
 
 def _summarise_stage(run: Path, stage: str) -> dict:

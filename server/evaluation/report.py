@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from server.storage.lines import RoundLine
+from server.storage.lines import RoundLine, SiteSummary, Summary
 from server.storage.run_folder import EXAMPLES, load_tallies, read_config, read_rounds, read_summary
 from shared.metrics import roc_points
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
@@ -75,14 +75,14 @@ def write_report(run: Path) -> Path:
       The page's path.
     """
     config, summary, rounds = read_config(run), read_summary(run), read_rounds(run)
-    after, before = summary.get("evaluation", {}), summary.get("evaluation_before_training", {})
+    after, before = summary.evaluation, summary.evaluation_before_training
     examples = run / "evaluation" / EXAMPLES
     page = _PAGE.render(
         style=Markup(STYLE),
         run=run.resolve().name,
         config=config,
-        config_hash=summary.get("config_hash", config.hash()),
-        training=[s for s in summary.get("sites", {}).values() if s.get("role") == "train"],
+        config_hash=summary.config_hash,
+        training=[site for site in summary.sites.values() if site.role == "train"],
         unseen="unseen" in after,
         cards=_cards(summary, before, after),
         main_rows=_main_rows(before, after),
@@ -111,7 +111,7 @@ def _metrics(part: dict) -> list[dict[str, str]]:
     return [metric_text(part.get(name)) for name in ("auc", "f1", "dice")]
 
 
-def _cards(summary: dict, before: dict, after: dict) -> list[dict[str, str]]:
+def _cards(summary: Summary, before: dict, after: dict) -> list[dict[str, str]]:
     """The headline."""
     cards = []
     for part, title in (("seen", "AUC, hospitals that trained"), ("unseen", "AUC, unseen hospitals")):
@@ -120,10 +120,10 @@ def _cards(summary: dict, before: dict, after: dict) -> list[dict[str, str]]:
             cards.append(
                 {"title": title, "value": now["value"], "note": f"{now['interval']}, {was['value']} before training"}
             )
-    if "bytes_up_per_round" in summary:
-        note = f"{summary['seconds_per_round']:.0f} s a round, {summary['rounds']} rounds"
+    if summary.bytes_up_per_round is not None:
+        note = f"{summary.seconds_per_round:.0f} s a round, {summary.rounds} rounds"
         cards.append(
-            {"title": "Sent by all hospitals in a round", "value": _size(summary["bytes_up_per_round"]), "note": note}
+            {"title": "Sent by all hospitals in a round", "value": _size(summary.bytes_up_per_round), "note": note}
         )
     return cards
 
@@ -147,15 +147,14 @@ def _main_rows(before: dict, after: dict) -> list[dict]:
     return rows
 
 
-def _site_rows(summary: dict, after: dict) -> list[dict]:
+def _site_rows(summary: Summary, after: dict) -> list[dict]:
     """One row per hospital; of one that sent its test's counts no more is known."""
-    rows, known, tested = [], summary.get("sites", {}), after.get("per_site", {})
+    rows, known, tested = [], summary.sites, after.get("per_site", {})
     for site in sorted(known.keys() | tested.keys()):
-        counts, result = known.get(site, {}), tested.get(site, {})
-        shown = {key: counts.get(key, "–") for key in ("patients", "slices", "positives")}
-        rows.append(
-            {"site": site, "part": result.get("part", counts.get("role", "")), "metrics": _metrics(result), **shown}
-        )
+        own, result = known.get(site, SiteSummary("")), tested.get(site, {})
+        counts = {"patients": own.patients, "slices": own.slices, "positives": own.positives}
+        shown = {name: "–" if count is None else count for name, count in counts.items()}
+        rows.append({"site": site, "part": result.get("part", own.role), "metrics": _metrics(result), **shown})
     return rows
 
 

@@ -16,10 +16,13 @@ from server.evaluation.evaluate import (
     summarise_run,
 )
 from server.evaluation.report import metric_text, write_report
+from server.storage.lines import Summary
 from server.storage.run_folder import read_config, read_summary
 
 
-def evaluate_run(run: Path, sites: list[Path], say: Callable[[str], None], repeats: bool = False) -> tuple[Path, dict]:
+def evaluate_run(
+    run: Path, sites: list[Path], say: Callable[[str], None], repeats: bool = False
+) -> tuple[Path, Summary]:
     """Test a run's global model on held-out hospitals; the report's page and the summary.
 
     Args:
@@ -46,12 +49,12 @@ def report_anew(run: Path) -> Path:
     return write_report(run)
 
 
-def result_table(summary: dict) -> Table:
+def result_table(summary: Summary) -> Table:
     """AUC, F1 and Dice with intervals: seen and unseen, before and after, and each hospital."""
     table = Table(caption="with 95 % intervals: bootstrap over patients", caption_justify="left", box=SIMPLE_HEAD)
     for name in ("hospitals", "AUC", "F1", "Dice", "slices", "patients"):
         table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
-    before, after = summary.get("evaluation_before_training", {}), summary.get("evaluation", {})
+    before, after = summary.evaluation_before_training, summary.evaluation
     for part, label in (("seen", "seen"), ("unseen", "unseen")):
         for stage, result in (("before training", before), ("after training", after)):
             if part in result:

@@ -1,4 +1,4 @@
-"""Progress of a run on disk: a line of rounds.jsonl, and status.json.
+"""What a run writes about itself: a line of rounds.jsonl, status.json and summary.json.
 
 JSON's keys are the fields' names; a field that is None or empty where that is its default has no key.
 """
@@ -122,3 +122,57 @@ class RunStatus(Line):
     what: str = ""
     sites: list[str] = field(default_factory=list)
     error: str = ""
+
+
+@dataclass(frozen=True)
+class SiteSummary(Line):
+    """One hospital of a run.
+
+    Attributes:
+      role: train or held-out.
+      weight: of its updates in the mean; None for one that was tested only.
+      patients, slices, positives: of the whole hospital; None where its policy keeps them.
+    """
+
+    role: str
+    weight: float | None = None
+    patients: int | None = None
+    slices: int | None = None
+    positives: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary(Line):
+    """A run's result, in summary.json.
+
+    Attributes:
+      config_hash: of the run config.
+      rounds: done.
+      sites: name -> hospital.
+      bytes_up_per_round: sent by all hospitals, mean over rounds; None before the end.
+      seconds_per_round: wall clock, mean over rounds; None before the end.
+      evaluation, evaluation_before_training: of the final and the initial model, as
+        server/evaluation/evaluate.py computes it: "seen", "unseen" and "per_site", each with auc, f1 and dice.
+    """
+
+    config_hash: str
+    rounds: int
+    sites: dict[str, SiteSummary] = field(default_factory=dict)
+    bytes_up_per_round: float | None = None
+    seconds_per_round: float | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation_before_training: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, and of each hospital its own."""
+        return super().to_json() | {"sites": {name: site.to_json() for name, site in self.sites.items()}}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read what to_json wrote.
+
+        Raises:
+          ValueError: a field without a default is missing.
+        """
+        sites = {name: SiteSummary.from_json(site) for name, site in content.get("sites", {}).items()}
+        return super().from_json({**content, "sites": sites})

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from server.storage.lines import RoundLine, RunStatus
+from server.storage.lines import RoundLine, RunStatus, Summary
 from shared.config import PLACES, ConfigError, RunConfig, parse_config
 from shared.errors import HemafedError
 from shared.host.files import replace_text
@@ -304,12 +304,19 @@ def _check_size(path: Path) -> None:
         raise ValueError(f"it unpacks to {size / 1e6:.0f} MB, expected at most {LARGEST_TALLY / 1e6:.0f}")
 
 
-def read_summary(run: Path) -> dict:
-    """The run's summary.json; empty before its first version."""
+def read_summary(run: Path) -> Summary:
+    """Read the run's summary.json.
+
+    Raises:
+      RunError: there is none yet, or it is damaged.
+    """
     path = run / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return Summary.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); name the folder of a run that has begun") from error
 
 
-def update_summary(run: Path, changes: dict) -> None:
-    """Change keys of summary.json, in one step."""
-    replace_text(run / "summary.json", json.dumps(read_summary(run) | changes, indent=2, allow_nan=False) + "\n")
+def write_summary(run: Path, summary: Summary) -> None:
+    """Replace summary.json in one step."""
+    replace_text(run / "summary.json", json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n")

@@ -16,6 +16,7 @@ import torch
 
 from server.evaluation.results_table import evaluate_run
 from server.storage.checkpoint import load_checkpoint
+from server.storage.lines import Summary
 from server.storage.run_folder import read_config, read_rounds
 from shared.metrics import summarise
 from shared.site import Site, read_site
@@ -43,7 +44,7 @@ class Outcome:
     """
 
     page: Path
-    summary: dict
+    summary: Summary
     deployed: dict
     simulated: float
     difference: float
@@ -83,7 +84,7 @@ def rehearse(folder: Path, files: list[Path], config: dict[str, object], say: Ca
     trained = train(caches, parsed, "federated")
     encoder = load_checkpoint(run / "checkpoint").arrays
     difference = max(float(np.abs(encoder[name] - value).max()) for name, value in trained.encoder.items())
-    deployed = summary["evaluation"]["unseen"]["auc"]
+    deployed = summary.evaluation["unseen"]["auc"]
     simulated = _auc(Voter(trained.encoder, (trained.average(),)), [opened[file] for file in held_out], run)
     return Outcome(page, summary, deployed, simulated, difference, deployed["low"] <= simulated <= deployed["high"])
 

@@ -59,7 +59,7 @@ def test_a_federation_whose_members_are_killed_ends_with_the_undisturbed_encoder
     assert f"run story: finished, {ROUNDS} rounds done" in told
     assert [line.round for line in read_rounds(run)] == list(range(1, ROUNDS + 1))
     assert all(set(line.sites) == set(NAMES) for line in read_rounds(run))
-    assert read_summary(run)["evaluation"]["seen"]["auc"]["value"] is not None
+    assert read_summary(run).evaluation["seen"]["auc"]["value"] is not None
 
     alone = CONFIG | {"run.folder": str(tmp_path / "runs"), "run.id": "alone"}
     sites = [own_site(tmp_path / "alone" / name, file) for name, file in data.items()]

@@ -27,25 +27,31 @@ METRICS = ("auc", "f1", "dice")
 
 def test_the_summary_has_every_field(finished: Path) -> None:
     summary = read_summary(finished)
-    assert summary["rounds"] == 2
-    assert summary["config_hash"] == read_config(finished).hash()
-    assert summary["seconds_per_round"] > 0
-    assert set(summary["sites"]) == {"hospital-01", "hospital-02", "hospital-05"}
-    for site in summary["sites"].values():
-        assert {"patients", "slices", "positives", "role"} <= site.keys()
-        assert (site["patients"], site["slices"]) == (10, 30)
+    assert summary.rounds == 2
+    assert summary.config_hash == read_config(finished).hash()
+    assert summary.seconds_per_round > 0
+    assert set(summary.sites) == {"hospital-01", "hospital-02", "hospital-05"}
+    for site in summary.sites.values():
+        assert site.positives is not None
+        assert (site.patients, site.slices) == (10, 30)
     for stage in ("evaluation", "evaluation_before_training"):
         for part in ("seen", "unseen"):
             for metric in ("auc", "f1", "dice"):
-                assert summary[stage][part][metric].keys() == {"value", "low", "high", "n_slices", "n_patients"}
-        assert set(summary[stage]["per_site"]) == set(summary["sites"])
+                assert getattr(summary, stage)[part][metric].keys() == {
+                    "value",
+                    "low",
+                    "high",
+                    "n_slices",
+                    "n_patients",
+                }
+        assert set(getattr(summary, stage)["per_site"]) == set(summary.sites)
     encoder, _ = read_tensors(finished / "checkpoint" / "initial.safetensors")
     size = sum(value.nbytes for value in encoder.values())
-    assert 2 * size < summary["bytes_up_per_round"] < 2 * (size + 100_000)
+    assert 2 * size < summary.bytes_up_per_round < 2 * (size + 100_000)
 
 
 def test_the_summary_follows_from_the_counts(finished: Path) -> None:
-    result = read_summary(finished)["evaluation"]
+    result = read_summary(finished).evaluation
     for part in ("seen", "unseen"):
         found = summarise(pooled(load_tallies(finished, "final", part).values()), result["threshold_bin"])
         assert result[part]["auc"]["value"] == found["auc"].value
@@ -68,7 +74,7 @@ def test_the_report_is_one_page_that_needs_no_other(finished: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     for name in ("hospital-01", "hospital-02", "hospital-05"):
         assert name in page
-    auc = read_summary(finished)["evaluation"]["unseen"]["auc"]["value"]
+    auc = read_summary(finished).evaluation["unseen"]["auc"]["value"]
     assert f"{auc:.3f}" in page
 
 
@@ -112,7 +118,7 @@ def test_the_same_seed_gives_the_same_run(copied_hospitals: SmallHospitals, tmp_
     one, two = (load_checkpoint(folder / "checkpoint") for folder in runs)
     for name, value in one.arrays.items():
         assert value.tobytes() == two.arrays[name].tobytes()
-    first, second = (read_summary(folder)["evaluation"]["per_site"] for folder in runs)
+    first, second = (read_summary(folder).evaluation["per_site"] for folder in runs)
     for name in NAMES:  # intervals differ: a deployed hospital draws afresh for each test
         assert [first[name][m]["value"] for m in METRICS] == [second[name][m]["value"] for m in METRICS]
 
@@ -127,7 +133,7 @@ def test_every_strategy_runs(strategy: str, copied_hospitals: SmallHospitals, tm
         federation__server_learning_rate=rate,
         federation__rounds=1,
     )
-    assert read_summary(folder)["evaluation"]["seen"]["dice"]["value"] is not None
+    assert read_summary(folder).evaluation["seen"]["dice"]["value"] is not None
 
 
 def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
@@ -137,11 +143,11 @@ def test_counts_of_too_few_patients_stay_at_the_hospital(copied_hospitals: Small
     )
     folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
     summary, (line,) = read_summary(folder), read_rounds(folder)
-    assert "patients" not in summary["sites"]["hospital-02"]
+    assert summary.sites["hospital-02"].patients is None
     assert line.sites["hospital-01"].cls is not None
     assert line.sites["hospital-02"].cls is None
     assert line.sites["hospital-02"].bytes_up > 0, "its encoder took part"
-    assert set(summary["evaluation"]["per_site"]) == {"hospital-01"}
+    assert set(summary.evaluation["per_site"]) == {"hospital-01"}
     page = (folder / "report.html").read_text()
     assert "hospital-02" in page
 
@@ -153,7 +159,7 @@ def test_a_run_whose_hospitals_keep_every_number_still_trains_and_is_tested(
         edit_site(copied_hospitals.files[name], policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": False})
     folder, _ = run(copied_hospitals, tmp_path, federation__rounds=1)
     evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
-    result = read_summary(folder)["evaluation"]
+    result = read_summary(folder).evaluation
     assert "seen" not in result
     assert result["unseen"]["auc"]["value"] is not None
     assert result["unseen"]["f1"]["value"] is None

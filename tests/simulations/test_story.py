@@ -61,7 +61,7 @@ def test_flower_runs_the_same_training_and_nothing_stays(copied_hospitals: Small
     folder = tmp_path / "runs" / "flower"
     evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
     assert write_report(folder).is_file()
-    assert {"seen", "unseen"} <= read_summary(folder)["evaluation"].keys()
+    assert {"seen", "unseen"} <= read_summary(folder).evaluation.keys()
     assert [line.round for line in read_rounds(folder)] == [1, 2]
 
     # Flower ran the bundle, and the bundle's training is that of the code here.

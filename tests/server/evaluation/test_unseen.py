@@ -30,7 +30,7 @@ def test_counts_that_held_out_hospitals_send_complete_the_report(
         place.mkdir()
         shutil.copy(theirs / "evaluation" / stage / "unseen" / "hospital-05.npz", place)
     report_anew(folder)
-    there, here = read_summary(theirs)["evaluation"], read_summary(folder)["evaluation"]
+    there, here = read_summary(theirs).evaluation, read_summary(folder).evaluation
     assert here["unseen"] == there["unseen"]
     assert "hospital-05" in (folder / "report.html").read_text()
 
@@ -126,7 +126,7 @@ def test_a_test_that_was_cut_off_between_the_two_models_is_done_again(
 
 def values(folder: Path) -> dict:
     """Site -> metrics without their intervals, whose draws are fresh in each test."""
-    sites = read_summary(folder)["evaluation"]["per_site"]
+    sites = read_summary(folder).evaluation["per_site"]
     return {site: [found[name]["value"] for name in ("auc", "f1", "dice")] for site, found in sites.items()}
 
 
@@ -143,7 +143,7 @@ def test_a_second_site_is_tested_beside_the_first(copied_hospitals: SmallHospita
     folder = tmp_path / "alone"
     for name in ("hospital-05", "hospital-02"):
         evaluate_unseen(folder, read_config(folder), [copied_hospitals.files[name]])
-    unseen = [s for s, r in read_summary(folder)["evaluation"]["per_site"].items() if r["part"] == "unseen"]
+    unseen = [s for s, r in read_summary(folder).evaluation["per_site"].items() if r["part"] == "unseen"]
     assert unseen == ["hospital-02", "hospital-05"]
 
 

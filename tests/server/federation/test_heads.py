@@ -26,7 +26,7 @@ def test_an_ensemble_keeps_each_hospitals_heads(copied_hospitals: SmallHospitals
     names = sorted(path.name for path in (folder / "checkpoint").glob("heads-final-*"))
     assert names == ["heads-final-hospital-01.safetensors", "heads-final-hospital-02.safetensors"]
     evaluate_unseen(folder, read_config(folder), [copied_hospitals.files["hospital-05"]])
-    assert "unseen" in read_summary(folder)["evaluation"]
+    assert "unseen" in read_summary(folder).evaluation
 
 
 def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospitals, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_probe_needs_no_heads_of_the_hospitals(copied_hospitals: SmallHospital
         federation__rounds=1,
     )
     assert "query.heads" not in {m.metadata.message_type for m in grid.asked}
-    result = read_summary(folder)["evaluation"]["seen"]
+    result = read_summary(folder).evaluation["seen"]
     assert result["auc"]["value"] is not None
     assert result["dice"]["value"] is None, "a probe has no decoder"
 
@@ -71,9 +71,9 @@ def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_pla
     again = {"run__id": "late", "run__resume": True, "federation__rounds": 1, "federation__wait_s": 0.0}
     with pytest.raises(QuorumError, match=r"hospital-02: its policy\.release"):
         run(copied_hospitals, tmp_path, **again)
-    assert "unseen" in read_summary(folder)["evaluation"], "what was tested before is not lost"
+    assert "unseen" in read_summary(folder).evaluation, "what was tested before is not lost"
     assert read_config(folder).federation.heads == "average", "and is said to be of what it is"
-    assert read_summary(folder)["rounds"] == 1
+    assert read_summary(folder).rounds == 1
     probe = {
         "federation__heads": "probe",
         "federation__development_site": str(copied_hospitals.files["hospital-01"]),
@@ -83,7 +83,7 @@ def test_heads_that_are_kept_after_all_cost_no_round_and_a_probe_takes_their_pla
     assert read_config(folder).federation.heads == "probe"
     assert [path.name for path in (folder / "checkpoint").glob("heads-final-*")] == ["heads-final-probe.safetensors"]
     summary = read_summary(folder)
-    assert "unseen" not in summary["evaluation"] | summary["evaluation_before_training"], "it was of other heads"
+    assert "unseen" not in summary.evaluation | summary.evaluation_before_training, "it was of other heads"
     assert not (folder / "evaluation" / "examples.png").exists()
 
 
