@@ -164,7 +164,7 @@ def test_a_revoked_hospital_is_turned_away_and_the_others_go_on(federation: Fede
     federation.wait_rounds("faults", len(rounds(federation)) + 2, 240)
     assert "hospital-03" not in rounds(federation)[-1].sites
     assert "hospital-01" in rounds(federation)[-1].sites
-    federation.wait_line("hospital-03", "the centre does not take this node", place)
+    federation.wait_line("hospital-03", "the centre's door does not let this node in", place)
     assert "revoked" in federation.command("hemafed-server", "sites", str(federation.centre.folder))
 
 
