@@ -8,7 +8,6 @@ held-out hospitals comes after (server/evaluation/evaluate.py), from the folder 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +40,8 @@ from server.storage.run_folder import (
     append_round,
     forget_test,
     open_run,
+    read_config,
     read_rounds,
-    read_summary,
     record_config,
     save_tally,
     write_patiently,
@@ -221,9 +220,9 @@ def test_seen(
 def finish(run: Path, members: list[Participant]) -> None:
     """Summary and report of what is known so far: all but the held-out hospitals."""
     rounds = read_rounds(run)
-    done = replace(
-        read_summary(run),
-        rounds=len(rounds),
+    done = Summary(
+        read_config(run).hash(),
+        len(rounds),
         sites={m.site: _public(m) for m in members},
         bytes_up_per_round=float(np.mean([line.bytes_up for line in rounds])),
         seconds_per_round=float(np.mean([line.seconds for line in rounds])),

@@ -107,7 +107,9 @@ def demo(
 @app.command("federation")
 def federation_command(
     hospitals: Folder = Path("hospitals"),
-    folder: Annotated[Path, typer.Option(help="where the federation is made, again")] = Path("federation"),
+    folder: Annotated[Path, typer.Option(help="where the federation is created, in place of an earlier one")] = Path(
+        "federation"
+    ),
     preset: Annotated[Path, typer.Option(help="TOML file of run config keys")] = ROOT
     / "simulations"
     / "federation.toml",

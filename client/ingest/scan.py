@@ -142,7 +142,9 @@ def _refusal(one: os.DirEntry) -> tuple[str, Kind]:
         return "neither a file nor a folder", Kind.UNUSABLE
     one.stat()
     # Part of the walk, so that permission given later is noticed: it changes neither size nor time.
-    return "" if os.access(one.path, os.R_OK) else "cannot be opened (Permission denied)", Kind.DENIED
+    if os.access(one.path, os.R_OK):
+        return "", Kind.UNUSABLE
+    return "cannot be opened (Permission denied)", Kind.DENIED
 
 
 def _kind_of(error: OSError) -> Kind:

@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 
 @dataclass(frozen=True)
 class Line:
-    """A dataclass that writes itself as JSON's dict, and reads itself from one; keys that it does not know are left out."""
+    """A dataclass that writes itself as JSON's dict, and reads itself from one; keys that it does not know are left out.
+
+    Attributes:
+      SITE: kind of the lines by name in the field `sites`; None where there are none.
+    """
+
+    SITE: ClassVar[type[Line] | None] = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that differ from their default, and those without one."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+        content = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+        if self.SITE:
+            content["sites"] = {name: site.to_json() for name, site in content["sites"].items()}
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -25,6 +34,9 @@ class Line:
         Raises:
           ValueError: a field without a default is missing.
         """
+        if cls.SITE:
+            sites = {name: cls.SITE.from_json(site) for name, site in content.get("sites", {}).items()}
+            content = {**content, "sites": sites}
         try:
             return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         except TypeError as error:
@@ -82,6 +94,8 @@ class RoundLine(Line):
       refused: name -> why a hospital's update does not.
     """
 
+    SITE = SiteLine
+
     round: int
     time: float
     seconds: float
@@ -89,20 +103,6 @@ class RoundLine(Line):
     bytes_up: int
     sites: dict[str, SiteLine]
     refused: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields, and of each site its own."""
-        return super().to_json() | {"sites": {name: site.to_json() for name, site in self.sites.items()}}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read what to_json wrote.
-
-        Raises:
-          ValueError: a field without a default is missing.
-        """
-        sites = {name: SiteLine.from_json(site) for name, site in content.get("sites", {}).items()}
-        return super().from_json({**content, "sites": sites})
 
 
 @dataclass(frozen=True)
@@ -155,24 +155,12 @@ class Summary(Line):
         server/evaluation/evaluate.py computes it: "seen", "unseen" and "per_site", each with auc, f1 and dice.
     """
 
+    SITE = SiteSummary
+
     config_hash: str
     rounds: int
-    sites: dict[str, SiteSummary] = field(default_factory=dict)
+    sites: dict[str, SiteSummary]
     bytes_up_per_round: float | None = None
     seconds_per_round: float | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     evaluation_before_training: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields, and of each hospital its own."""
-        return super().to_json() | {"sites": {name: site.to_json() for name, site in self.sites.items()}}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read what to_json wrote.
-
-        Raises:
-          ValueError: a field without a default is missing.
-        """
-        sites = {name: SiteSummary.from_json(site) for name, site in content.get("sites", {}).items()}
-        return super().from_json({**content, "sites": sites})

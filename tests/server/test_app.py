@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import yaml
 from flwr.app import Message
 
+from server.app import finish
 from server.evaluation.evaluate import evaluate_unseen
 from server.evaluation.report import write_report
+from server.federation.roster import Participant
 from server.storage.checkpoint import load_checkpoint, read_tensors
 from server.storage.run_folder import RunError, load_tallies, read_config, read_rounds, read_summary
 from shared.config import ConfigError
@@ -48,6 +51,18 @@ def test_the_summary_has_every_field(finished: Path) -> None:
     encoder, _ = read_tensors(finished / "checkpoint" / "initial.safetensors")
     size = sum(value.nbytes for value in encoder.values())
     assert 2 * size < summary.bytes_up_per_round < 2 * (size + 100_000)
+
+
+def test_the_end_of_a_run_needs_no_summary_of_its_beginning(finished: Path, tmp_path: Path) -> None:
+    """Before: a run whose summary.json was lost failed after its last round."""
+    folder = tmp_path / finished.resolve().name
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").write_text("{")
+    finish(folder, [Participant(1, "hospital-01", "train", frozenset(), {"patients": 10})])
+    summary = read_summary(folder)
+    assert (summary.rounds, summary.config_hash) == (2, read_config(folder).hash())
+    assert summary.sites["hospital-01"].patients == 10
+    assert summary.evaluation == read_summary(finished).evaluation
 
 
 def test_the_summary_follows_from_the_counts(finished: Path) -> None:
