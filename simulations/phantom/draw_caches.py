@@ -130,7 +130,7 @@ def _draw_patient(
     for index in range(hospital.slices):
         z_mm = hospital.height_mm(patient, index)
         rendered.append(render_slice(patient, scanner, z_mm, rng))
-        images.append(_ct_slice(scanner, z_mm))
+        images.append(ct_slice(scanner, z_mm))
     # An unsigned scale ends at -1024 HU, and declared padding is nothing below it: clamp_hu is all an ingest adds.
     stored = [np.float32(clamp_hu(one.hu_YX)) for one in rendered]
     centre_mm = head_centre(list(zip(images, stored, strict=True)))
@@ -149,7 +149,7 @@ def _resampled_mask(one: Slice, image: CtSlice, centre_mm: tuple[float, float]) 
     return resample(one.hematoma_YX, image, centre_mm, fill=0) > 0.5
 
 
-def _ct_slice(scanner: object, z_mm: float) -> CtSlice:
+def ct_slice(scanner: object, z_mm: float) -> CtSlice:
     """Geometry of a slice, rounded as a file holds it."""
     place = slice_place(scanner, z_mm)
     spacing_mm = float(place.spacing_mm)

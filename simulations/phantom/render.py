@@ -155,7 +155,7 @@ def render_slice(patient: Patient, scanner: Scanner, z_mm: float, rng: np.random
         hu_YX = np.where(square_YX, np.float32(scanner.corner_hu), hu_YX)
 
     hu_YX = ndimage.zoom(hu_YX, MATRIX // _RENDER, order=1, grid_mode=True, mode="nearest")
-    hu_YX = _blur_and_noise(hu_YX, scanner, rng)
+    hu_YX = blur_and_noise(hu_YX, scanner, rng)
     if scanner.padding_hu is not None:
         outside = ndimage.zoom(radius_YX, MATRIX // _RENDER, order=0, grid_mode=True, mode="nearest")
         hu_YX[outside > scanner.field_of_view_mm / 2] = scanner.padding_hu
@@ -317,7 +317,7 @@ def _add_holder(hu: Array, patient: Patient, holder_hu: float, x: Array, y: Arra
     return hu + shell * (holder_hu - AIR_HU) * (hu < -500)
 
 
-def _blur_and_noise(hu: Array, scanner: Scanner, rng: np.random.Generator) -> Array:
+def blur_and_noise(hu: Array, scanner: Scanner, rng: np.random.Generator) -> Array:
     """Point spread function and correlated noise, both in the frequency domain.
 
     The noise power rises with frequency (filtered back-projection), peaks where the kernel says and falls;

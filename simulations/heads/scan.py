@@ -1,0 +1,235 @@
+"""A patient in the scanner: slices in HU with the mask of every bleeding.
+
+Axes of the scanner are DICOM's (PS3.3 C.7.6.2.1.1), in mm from the centre of the head: x to the patient's left, y to the
+back, z up. Shape suffixes: Y row, X column.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from simulations.heads.anatomy import Head, Plane, bump, draw, sample_head, soft, to_template
+from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displaced, sample_bleeding
+from simulations.heads.template import Template, sample
+from simulations.phantom.render import MATRIX, Scanner, blur_and_noise
+
+_DRAWN = 256  # pixels of a drawn plane's side: every scanner's blur is wider than a drawn pixel
+_PLANES = (-0.5 / 3**0.5, 0.5 / 3**0.5)  # of a slice, in thicknesses: Gauss-Legendre of order 2
+RESTS = ("none", "shell", "cushion", "table")
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A head with its bleedings.
+
+    Attributes:
+      head: without bleeding.
+      bleedings: none in a healthy one.
+    """
+
+    head: Head
+    bleedings: tuple[Bleeding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What the scanner adds besides blur and noise.
+
+    Attributes:
+      rest: one of RESTS, and rest_hu its value.
+      petrous_hu: depth of the dark band between the petrous bones.
+      streaks: (x, y, HU) of dense things outside of our model from which streaks go out.
+      motion: rotation in radian between two halves of a turn; 0 for none.
+    """
+
+    rest: str = "shell"
+    rest_hu: float = 150.0
+    petrous_hu: float = 0.0
+    streaks: tuple[tuple[float, float, float], ...] = ()
+    motion: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One slice.
+
+    Attributes:
+      hu_YX: int16 (512, 512).
+      blood_YX: bool (512, 512), every bleeding with the hypodensities inside.
+      kind_YX: uint8 (512, 512); 0 for no bleeding, else 1 + the number of its kind in KINDS.
+      hypodensity_mm2: area of the marker.
+    """
+
+    hu_YX: NDArray[np.int16]
+    blood_YX: NDArray[np.bool_]
+    kind_YX: NDArray[np.uint8]
+    hypodensity_mm2: float
+
+
+def scan_slice(
+    patient: Patient, template: Template, scanner: Scanner, artefacts: Artefacts, z_mm: float, rng: np.random.Generator
+) -> Scanned:
+    """One slice at height z of the scanner's table.
+
+    Args:
+      patient, template: who lies there.
+      scanner, artefacts: what looks.
+      z_mm: position of the slice's centre.
+      rng: the slice's noise.
+    """
+    step = scanner.field_of_view_mm / _DRAWN
+    centres = (torch.arange(_DRAWN) + 0.5) * step - scanner.field_of_view_mm / 2
+    x, y = centres[None, :].expand(_DRAWN, _DRAWN), centres[:, None].expand(_DRAWN, _DRAWN)
+    z = z_mm + math.tan(math.radians(scanner.tilt_degree)) * y
+    planes = [_plane(patient, template, x, y, z + share * scanner.thickness_mm) for share in _PLANES]
+    hu = sum(_hardened(plane, bled, scanner, artefacts) for plane, bled in planes) / len(planes)
+    hu = hu + scanner.offset_hu * (hu > -500)
+    hu = _rest(hu, planes[0][0], artefacts, x, y)
+    hu = _streaks(_moved(hu, artefacts.motion), artefacts, x, y)
+    kinds = torch.stack([_mean([bled.kinds.get(kind) for _, bled in planes], hu) for kind in KINDS])
+    blood = _mean([bled.blood for _, bled in planes], hu)
+    dark = _mean([bled.dark for _, bled in planes], hu)
+
+    hu_YX = _fine(hu.numpy(), 1)
+    hu_YX = blur_and_noise(hu_YX, scanner, rng)
+    if scanner.padding_hu is not None:
+        hu_YX[_fine(torch.hypot(x, y).numpy(), 0) > scanner.field_of_view_mm / 2] = scanner.padding_hu
+    blood_YX = _fine(blood.numpy(), 1) > 0.5
+    kind_YX = np.where(blood_YX, _fine((kinds.argmax(0) + 1).numpy().astype(np.float32), 0), 0).astype(np.uint8)
+    area = float((dark > 0.5).sum()) * step**2
+    return Scanned(np.rint(hu_YX).clip(-4096, 4095).astype(np.int16), blood_YX, kind_YX, area)
+
+
+def _plane(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor) -> tuple[Plane, Bled]:
+    """One plane without thickness."""
+    points = to_template(patient.head, x, y, z)
+    moved = None
+    if patient.bleedings:
+        depth = sample(template.distances, points, template.first_distance_mm, 2.0)[0]
+        moved = displaced(points, depth, patient.bleedings)
+    plane = draw(patient.head, template, points, moved)
+    return plane, bleed(plane, patient.bleedings, y)
+
+
+def _mean(shares: list[Tensor | None], like: Tensor) -> Tensor:
+    """Mean of planes; a plane without the thing counts as zero."""
+    there = [share for share in shares if share is not None]
+    return sum(there, torch.zeros_like(like)) / len(shares)
+
+
+def _fine(values_YX: NDArray[np.float32], order: int) -> NDArray[np.float32]:
+    """A drawn plane at the slice's resolution."""
+    return ndimage.zoom(values_YX, MATRIX // _DRAWN, order=order, grid_mode=True, mode="nearest")
+
+
+def _hardened(plane: Plane, bled: Bled, scanner: Scanner, artefacts: Artefacts) -> Tensor:
+    """HU with cupping below the skull and the dark band between the petrous bones."""
+    hu = bled.hu + plane.brain * scanner.cupping_hu * torch.exp(-plane.depth.clamp(min=0) / 9)
+    if artefacts.petrous_hu:
+        px, py, pz = plane.points.unbind(-1)
+        band = bump(py + 27, 9) * soft(38 - px.abs(), 12) * bump(pz + 38, 11)
+        hu = hu - artefacts.petrous_hu * band * plane.brain * (1 + 0.5 * torch.sin(0.5 * py))
+    return hu
+
+
+def _rest(hu: Tensor, plane: Plane, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
+    """What the head lies on."""
+    air = soft(-plane.below_skin - 1) * (hu < -500)
+    behind = float(y[(plane.below_skin > 0)].max()) if bool((plane.below_skin > 0).any()) else 90.0
+    shell = (torch.hypot(x, (y - (behind - 92)) * 0.97) - 99).abs()
+    if artefacts.rest == "shell":
+        return hu + soft(1.6 - shell, 0.6) * (y > 35) * air * (artefacts.rest_hu + 1000)
+    if artefacts.rest == "cushion":
+        foam = soft(torch.hypot(x, y - (behind - 92)) - 93) * soft(107 - torch.hypot(x, y - (behind - 92))) * (y > 10)
+        hu = hu + foam * air * 60
+        return hu + soft(1.2 - (torch.hypot(x, y - (behind - 92)) - 108).abs(), 0.6) * (y > 10) * air * (artefacts.rest_hu + 1000)
+    if artefacts.rest == "table":
+        return hu + soft(1.5 - (y - behind - 5).abs(), 0.6) * air * (artefacts.rest_hu + 1000)
+    return hu
+
+
+def _moved(hu: Tensor, angle: float) -> Tensor:
+    """The mean of two poses, as when the head turns during the scan."""
+    if not angle:
+        return hu
+    cos, sin = math.cos(angle), math.sin(angle)
+    grid = torch.nn.functional.affine_grid(torch.tensor([[[cos, -sin, 0.01], [sin, cos, 0.0]]]), [1, 1, *hu.shape], align_corners=False)
+    other = torch.nn.functional.grid_sample(hu[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    return 0.6 * hu + 0.4 * other
+
+
+def _streaks(hu: Tensor, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
+    """Bright and dark rays from dense things, such as clips, coils and teeth."""
+    for px, py, value in artefacts.streaks:
+        radius = torch.hypot(x - px, y - py)
+        angle = torch.atan2(y - py, x - px)
+        rays = torch.cos(7 * angle + px) + torch.cos(12 * angle + py) + 0.7 * torch.cos(23 * angle)
+        inside = hu > -300
+        hu = hu + value * rays * inside / (1 + radius / 12)
+        hu = hu + soft(2.2 - radius, 0.6) * (60 * value - hu)
+    return hu
+
+
+def sample_scanner(rng: np.random.Generator) -> tuple[Scanner, Artefacts]:
+    """Draw a scanner, wider than real ones differ (domain randomisation; Billot et al. 2023, arXiv:2107.09559)."""
+    thickness = float(rng.choice([1.5, 2.5, 4.0, 5.0, 5.0, 7.0, 10.0]))
+    streaks = ()
+    if rng.random() < 0.08:
+        streaks = ((float(rng.uniform(-60, 60)), float(rng.uniform(-80, 70)), float(rng.uniform(3, 25))),)
+    return (
+        Scanner(
+            dose=float(np.exp(rng.normal(0, 0.45)) * 5.0 / max(thickness, 2.5) * 0.8),
+            sharpness=float(rng.uniform(-1.4, 1.6)),
+            thickness_mm=thickness,
+            spacing_mm=thickness,
+            offset_hu=float(rng.normal(0, 3)),
+            cupping_hu=float(rng.uniform(0, 12)),
+            field_of_view_mm=float(rng.uniform(205, 260)),
+            tilt_degree=float(rng.choice([0.0, rng.uniform(-24, 6)])),
+        ),
+        Artefacts(
+            rest=str(rng.choice(RESTS)),
+            rest_hu=float(rng.uniform(-300, 700)),
+            petrous_hu=float(rng.uniform(0, 14)),
+            streaks=streaks,
+            motion=float(rng.normal(0, 0.03)) if rng.random() < 0.05 else 0.0,
+        ),
+    )
+
+
+def sample_patient(rng: np.random.Generator, bleeding_share: float = 0.6) -> Patient:
+    """Draw a patient for a stream of heads: any age, no bleeding, one, or several that go together."""
+    head = sample_head(rng, age=float(rng.uniform(0, 2)), pose_degree=6.0)
+    if rng.random() >= bleeding_share:
+        return Patient(head)
+    kinds = [str(rng.choice(KINDS, p=_SHARES))]
+    for other, chance in _TOGETHER.get(kinds[0], {}).items():
+        if rng.random() < chance:
+            kinds.append(other)
+    return Patient(head, tuple(sample_bleeding(rng, kind, float(rng.uniform(6, 24)), _sign(rng)) for kind in kinds))
+
+
+_SHARES = (0.18, 0.17, 0.06, 0.03, 0.08, 0.12, 0.17, 0.10, 0.09)  # of KINDS
+_TOGETHER = {
+    "deep": {"intraventricular": 0.4},
+    "lobar": {"intraventricular": 0.12, "subarachnoid": 0.15, "subdural": 0.05},
+    "cerebellar": {"intraventricular": 0.25},
+    "subarachnoid": {"intraventricular": 0.3, "lobar": 0.1},
+    "subdural": {"subarachnoid": 0.25, "contusion": 0.2},
+    "epidural": {"contusion": 0.25, "subdural": 0.15},
+    "contusion": {"subarachnoid": 0.5, "subdural": 0.4, "contusion": 0.5},
+}
+
+
+def _sign(rng: np.random.Generator) -> Sign:
+    """A clot is plain, or darker in a part."""
+    name = str(rng.choice(["plain", "fluid-level", "blend"], p=[0.7, 0.15, 0.15]))
+    angle = rng.uniform(0, 2 * np.pi)
+    return Sign(name, plane=(float(np.cos(angle)), float(np.sin(angle))), drop_hu=float(rng.uniform(10, 30)))
