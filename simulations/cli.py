@@ -24,6 +24,8 @@ from shared.config import ConfigError, parse_config
 from shared.errors import HemafedError
 from shared.host.console import Bars, console, fail, say
 from shared.site import read_site
+from simulations.heads.pretrain import pretrain_encoder
+from simulations.heads.sheet import write_sheet
 from simulations.importers import IMPORTERS, SourceError
 from simulations.phantom.physics import physics_table
 from simulations.phantom.write_hospitals import write_hospitals
@@ -102,6 +104,33 @@ def demo(
         fail(error)
     console.print(result_table(summary))
     console.print(f"report:  {page}\nsummary: {folder / 'summary.json'}", highlight=False)
+
+
+@app.command("heads")
+def heads_command(
+    picture: Annotated[Path, typer.Argument(help="PNG file to write")] = Path("heads.png"),
+    outlines: Annotated[bool, typer.Option(help="outline bleedings")] = True,
+    seed: Annotated[int, typer.Option(help="decides the heads")] = 0,
+) -> None:
+    """Draw 48 random heads from a brain template, with bleedings of nine kinds, on one picture."""
+    write_sheet(picture, seed, outlines)
+    say(f"{picture}: 48 heads, window 0 to 80 HU")
+
+
+@app.command("pretrain")
+def pretrain_command(
+    folder: Annotated[Path, typer.Argument(help="pool, checkpoint, curve and the encoder are kept here")],
+    variant: Annotated[str, typer.Option(help="of the model, as model.variant")] = "demo",
+    shards: Annotated[int, typer.Option(help="of 256 slices to draw; one in twenty is held out")] = 60,
+    steps: Annotated[int, typer.Option(help="of training")] = 20_000,
+    batch: Annotated[int, typer.Option(help="slices a step")] = 16,
+    seed: Annotated[int, typer.Option(help="decides heads and training")] = 0,
+) -> None:
+    """Train a starting encoder on random heads; stopped and called again, it resumes."""
+    try:
+        say(f"encoder: {pretrain_encoder(folder, variant, shards, steps, batch, seed, say)}")
+    except HemafedError as error:
+        fail(error)
 
 
 @app.command("federation")

@@ -43,7 +43,8 @@ class Field:
 
 def random_field(rng: np.random.Generator, length_mm: float, channels: int = 1) -> Field:
     """A field whose values change over about `length_mm`."""
-    cells = [max(int((h - l) / length_mm) + 2, 3) for l, h in zip(*_BOX_MM, strict=True)][::-1]
+    sizes = [high - low for low, high in zip(*_BOX_MM, strict=True)]
+    cells = [max(int(size / length_mm) + 2, 3) for size in reversed(sizes)]
     coarse = torch.from_numpy(rng.standard_normal((1, channels, *cells), dtype=np.float32))
     fine = F.interpolate(coarse, size=tuple(2 * c for c in cells), mode="trilinear", align_corners=True)
     return Field(1.4 * fine)  # linear interpolation averages; about unit variance again
@@ -105,17 +106,38 @@ def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0) 
     scale = tuple(float(size * s) for s in rng.normal(1.0, 0.035, 3))
     calcium = []
     if rng.random() < 0.45:
-        calcium.append(((rng.normal(0, 1), -27 + rng.normal(0, 1), 3 + rng.normal(0, 1)), rng.uniform(1.2, 3.5), rng.uniform(80, 500)))
+        calcium.append(
+            (
+                (rng.normal(0, 1), -27 + rng.normal(0, 1), 3 + rng.normal(0, 1)),
+                rng.uniform(1.2, 3.5),
+                rng.uniform(80, 500),
+            )
+        )
     if rng.random() < 0.5:
         for side in (-1, 1):
             if rng.random() < 0.85:
-                calcium.append(((side * rng.normal(25, 2), rng.normal(-42, 2), rng.normal(10, 2)), rng.uniform(1.5, 4.0), rng.uniform(80, 500)))
+                calcium.append(
+                    (
+                        (side * rng.normal(25, 2), rng.normal(-42, 2), rng.normal(10, 2)),
+                        rng.uniform(1.5, 4.0),
+                        rng.uniform(80, 500),
+                    )
+                )
     if rng.random() < 0.15:
         for side in (-1, 1):
-            calcium.append(((side * rng.normal(19, 1.5), rng.normal(-3, 2), rng.normal(0, 2)), rng.uniform(2, 4), rng.uniform(50, 140)))
+            calcium.append(
+                (
+                    (side * rng.normal(19, 1.5), rng.normal(-3, 2), rng.normal(0, 2)),
+                    rng.uniform(2, 4),
+                    rng.uniform(50, 140),
+                )
+            )
     return Head(
         scale=scale,
-        turn=tuple(float(math.radians(a)) for a in (rng.normal(0, 7), rng.normal(0, 0.6 * pose_degree), rng.normal(0, pose_degree))),
+        turn=tuple(
+            float(math.radians(a))
+            for a in (rng.normal(0, 7), rng.normal(0, 0.6 * pose_degree), rng.normal(0, pose_degree))
+        ),
         shift_mm=(float(rng.normal(0, 4)), float(rng.normal(0, 5))),
         warp=random_field(rng, 45.0, 3),
         warp_mm=float(rng.uniform(1.5, 4.0)),
@@ -163,7 +185,11 @@ def _sample_drain(rng: np.random.Generator) -> tuple | None:
     if rng.random() >= 0.04:
         return None
     side = float(rng.choice([-1.0, 1.0]))
-    return (side * 6.0, float(rng.uniform(-5, 15)), float(rng.uniform(2, 12))), (side * 30.0, 45.0, 75.0), float(rng.uniform(120, 700))
+    return (
+        (side * 6.0, float(rng.uniform(-5, 15)), float(rng.uniform(2, 12))),
+        (side * 30.0, 45.0, 75.0),
+        float(rng.uniform(120, 700)),
+    )
 
 
 def soft(signed: Tensor, width: float = 0.5) -> Tensor:
@@ -213,23 +239,26 @@ class Plane:
 
 def draw(head: Head, template: Template, points: Tensor, moved: Tensor | None = None) -> Plane:
     """Tissue at points (Y, X, 3) of the template; `moved` is where the brain there lay before something pushed it."""
-    moved = points if moved is None else moved
+    depth, ventricle = sample(template.distances, points, template.first_distance_mm, 2.0)
+    if moved is None:
+        moved = points
+    else:
+        ventricle = sample(template.distances, moved, template.first_distance_mm, 2.0)[1]
+    ventricle = ventricle + head.ventricles_mm
     grey, white = sample(template.tissue, moved, template.first_mm, 1.0)
-    depth = sample(template.distances, points, template.first_distance_mm, 2.0)[0]
-    ventricle = sample(template.distances, moved, template.first_distance_mm, 2.0)[1] + head.ventricles_mm
-    outer = head.outer.at(points)
+    outer, fine = head.outer.at(points), head.texture.at(points)
     fluid = _fluid(head, 1 - grey - white, depth, ventricle)
     share = (1 - fluid) / (grey + white).clamp(min=1e-3)
     grey, white = grey * share, white * share
     rare = head.rarefaction * soft(4 + ventricle + outer[3], 5) * (white > 0.3)
     inside = grey * head.grey + white * (head.white - rare) + fluid * head.csf
-    inside = inside + 0.8 * head.texture.at(points)[0] * (1 - fluid)
+    inside = inside + 0.8 * fine[0] * (1 - fluid)
     inside = _membranes(head, inside, torch.cat([moved[..., :2], points[..., 2:]], -1), depth, outer)
-    outside, below_skin = _outside(head, points, depth, outer)
+    outside, below_skin = _outside(head, points, depth, outer, fine)
     brain = soft(depth)
     hu = outside + brain * (inside - outside)
     for place, radii, value in head.scars:
-        away = 1 - ((moved - torch.tensor(place)) / torch.tensor(radii)).norm(dim=-1) + 0.15 * head.texture.at(points)[0]
+        away = 1 - ((moved - torch.tensor(place)) / torch.tensor(radii)).norm(dim=-1) + 0.15 * fine[0]
         scar = soft(away, 0.12) * soft(depth - 1.5)
         hu = hu + scar * (value - hu) * (hu > value)
         fluid = torch.maximum(fluid, scar * (value < 10))
@@ -270,21 +299,30 @@ def _membranes(head: Head, hu: Tensor, points: Tensor, depth: Tensor, outer: Ten
     free = ((y + 8) / 66) ** 2 + ((z + 2) / 42) ** 2  # beyond the free edge of the falx, above the corpus callosum
     falx = bump(across, 0.9) * soft(free - 1, 0.05) * soft(z + 12, 2) * inside
     roof = 7 - 0.46 * x.abs() - 0.0022 * (y + 62) ** 2 + 1.0 * outer[3]
-    tent = bump(z - roof, 1.1) * soft(-18 - 0.25 * x.abs() - y, 2) * inside * soft(x.abs() - 0.14 * (y + 95).clamp(min=0), 2)
+    tent = (
+        bump(z - roof, 1.1)
+        * soft(-18 - 0.25 * x.abs() - y, 2)
+        * inside
+        * soft(x.abs() - 0.14 * (y + 95).clamp(min=0), 2)
+    )
     hu = hu + torch.maximum(0.8 * falx, 0.55 * tent) * (head.falx - hu) * (hu < head.falx)
     sagittal = soft(5.5 - depth - 0.9 * x.abs(), 1.0) * soft(z + 5, 3) * soft(60 - y, 5)
     transverse = soft(6.5 - depth, 1.0) * soft(3.8 - (z - roof + 2).abs(), 1.0) * soft(-32 - y, 4)
     straight = soft(2.8 - torch.hypot(x, z - (6 - 0.42 * (-45 - y).clamp(min=0))), 0.7) * soft(-45 - y, 2)
     sinus = torch.maximum(torch.maximum(sagittal, transverse), straight) * inside
     hu = hu + sinus * (head.vessels + 3 - hu)
-    middle = soft(1.5 - torch.hypot(z + 14 - 0.15 * (x.abs() - 12), y - 3 + 0.25 * (x.abs() - 12) + outer[3]), 0.6) * soft(42 - x.abs(), 3) * soft(x.abs() - 7, 1)
+    middle = (
+        soft(1.5 - torch.hypot(z + 14 - 0.15 * (x.abs() - 12), y - 3 + 0.25 * (x.abs() - 12) + outer[3]), 0.6)
+        * soft(42 - x.abs(), 3)
+        * soft(x.abs() - 7, 1)
+    )
     basilar = soft(1.8 - torch.hypot(x + outer[3], y + 14 - 0.2 * (z + 25)), 0.6) * soft(-14 - z, 1) * soft(z + 45, 1)
     carotid = soft(2.2 - torch.hypot(x.abs() - 12, y - 2), 0.6) * soft(-12 - z, 1) * soft(z + 24, 1)
     artery = torch.maximum(torch.maximum(middle, basilar), carotid)
     return hu + artery * (head.vessels - 4 - hu)
 
 
-def _outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+def _outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
     """Bone, scalp, face and air.
 
     Returns:
@@ -308,15 +346,15 @@ def _outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor) -> tuple[
     below_skin = torch.maximum(below_skin, _face(x, y, z, outer))
     flesh = FAT + (MUSCLE - FAT) * torch.maximum(
         soft(temporal - 1.5, 1) * soft(-(depth + skull) - 0.6, 0.5) * soft(temporal + 0.5 + (depth + skull), 1),
-        low * soft(outer[2] + 0.4 * head.texture.at(points)[1], 0.5) * 0.9,
+        low * soft(outer[2] + 0.4 * fine[1], 0.5) * 0.9,
     )
-    flesh = flesh + soft(swollen - 1.5, 1.5) * soft(outer[2] + head.texture.at(points)[0] + 0.9, 0.6) * (45 - flesh)
+    flesh = flesh + soft(swollen - 1.5, 1.5) * soft(outer[2] + fine[0] + 0.9, 0.6) * (45 - flesh)
     flesh = flesh + soft(1.9 - below_skin, 0.6) * (SKIN - flesh)
     hu = AIR + soft(below_skin) * (flesh - AIR)
     bone_in = soft(-depth) * soft(depth + skull)
     middle = (depth + skull / 2) / (skull / 2).clamp(min=0.5)
     diploe = soft(1 - middle.abs() - 0.35, 0.25) * soft(skull - 4, 1)
-    grain = head.texture.at(points)[1]
+    grain = fine[1]
     value = head.table + diploe * (head.diploe + 120 * grain - head.table)
     value = value - (head.table - 250) * _sutures(x, y, z, outer) * soft(-depth - 0.5)
     hu = hu + bone_in * (value - hu)
@@ -343,7 +381,15 @@ def _face(x: Tensor, y: Tensor, z: Tensor, outer: Tensor) -> Tensor:
 
 
 def _base(
-    head: Head, hu: Tensor, x: Tensor, y: Tensor, z: Tensor, depth: Tensor, outer: Tensor, grain: Tensor, below_skin: Tensor
+    head: Head,
+    hu: Tensor,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    depth: Tensor,
+    outer: Tensor,
+    grain: Tensor,
+    below_skin: Tensor,
 ) -> Tensor:
     """Skull base: petrous bones, mastoid and sinus air, orbits, nose; air and bone vary much between heads."""
     across = x.abs()
@@ -360,7 +406,11 @@ def _base(
     hu = put(hu, facial, 500 + 250 * grain)
     along = (across - 14) * 0.78 + (-18 - y) * 0.62
     beside = (across - 14) * 0.62 - (-18 - y) * 0.78
-    petrous = soft(1 - torch.sqrt((beside / 10) ** 2 + ((z + 39) / 10) ** 2) + 0.15 * grain, 0.12) * soft(along + 4, 2) * soft(58 - along, 4)
+    petrous = (
+        soft(1 - torch.sqrt((beside / 10) ** 2 + ((z + 39) / 10) ** 2) + 0.15 * grain, 0.12)
+        * soft(along + 4, 2)
+        * soft(58 - along, 4)
+    )
     hu = put(hu, petrous, head.table + 100 * grain)
     clivus = soft(1 - torch.sqrt((x / 14) ** 2 + ((y + 4 + 0.35 * (z + 35)) / 9) ** 2), 0.15) * soft(-32 - z, 3)
     hu = put(hu, clivus, head.diploe + 150 * grain)

@@ -14,9 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simulations.heads.anatomy import Field, Plane, bump, random_field, soft
+from simulations.heads.anatomy import Field, Plane, random_field, soft
 
-KINDS = ("deep", "lobar", "cerebellar", "brainstem", "intraventricular", "subarachnoid", "subdural", "epidural", "contusion")
+KINDS = (
+    "deep",
+    "lobar",
+    "cerebellar",
+    "brainstem",
+    "intraventricular",
+    "subarachnoid",
+    "subdural",
+    "epidural",
+    "contusion",
+)
 INTRACEREBRAL = ("deep", "lobar", "cerebellar", "brainstem")
 _BRAIN = (0.0, -18.0, 0.0)
 _HULL = (66.0, 86.0, 72.0)  # half axes of the brain, for the direction to its surface
@@ -107,7 +117,7 @@ def displaced(points: Tensor, depth: Tensor, bleedings: tuple[Bleeding, ...]) ->
             reach = (offset.norm(dim=-1, keepdim=True) / (1.5 * size)) ** 2
             moved = moved - one.push * torch.exp(-reach) * offset * soft(depth, 6)[..., None]
         elif one.kind in ("subdural", "epidural"):
-            thick = _thickness(one, points)
+            thick = _thickness(one, points, one.outline.at(points))
             decay = torch.exp(-(depth - thick).clamp(min=0) / 40) * soft(depth, 2)
             moved = moved + (thick * decay)[..., None] * _outward(points)
     return moved
@@ -124,7 +134,12 @@ def bleed(plane: Plane, bleedings: tuple[Bleeding, ...], back: Tensor) -> Bled:
     hu, kinds = plane.hu, {}
     blood, dark = torch.zeros_like(hu), torch.zeros_like(hu)
     for one in bleedings:
-        share, value, darker, edema = _RULES[one.kind](one, plane, back)
+        if _is_far(one, plane):
+            continue
+        share, value, darker, edema = _RULES[one.kind](
+            one, plane, back, one.outline.at(plane.points), one.texture.at(plane.points)
+        )
+        share = share * soft(200 - hu, 60)  # bone that a plane grazes stays bone
         hu = hu + edema * (one.edema_hu - hu) * (hu < 60)
         hu = hu + share * (value - hu)
         blood = torch.maximum(blood, share)
@@ -133,21 +148,29 @@ def bleed(plane: Plane, bleedings: tuple[Bleeding, ...], back: Tensor) -> Bled:
     return Bled(hu, blood, dark, kinds)
 
 
-def _clot(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _is_far(one: Bleeding, plane: Plane) -> bool:
+    """Whether a clot cannot reach a plane."""
+    if one.kind not in (*INTRACEREBRAL, "contusion"):
+        return False
+    middle = plane.points[::8, ::8] - torch.tensor(one.centre)
+    return float(middle.norm(dim=-1).min()) > 1.8 * max(one.radii) + 8
+
+
+def _clot(
+    one: Bleeding, plane: Plane, back: Tensor, outline: Tensor, texture: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A clot inside the brain: the level set of a distance and a random field."""
     nothing = torch.zeros_like(plane.hu)
     offset = plane.points - torch.tensor(one.centre)
-    if float(offset.norm(dim=-1).min()) > 1.8 * max(one.radii):
-        return nothing, plane.hu, nothing, nothing
     cos, sin = float(np.cos(one.turn)), float(np.sin(one.turn))
     x, y, z = offset.unbind(-1)
     own = torch.stack([(cos * x + sin * y) / one.radii[0], (-sin * x + cos * y) / one.radii[1], z / one.radii[2]], -1)
     size = float(np.prod(one.radii)) ** (1 / 3)
-    rim = _two(one.outline.at(plane.points)) + 0.35 * one.texture.at(plane.points)[1]
+    rim = _two(outline) + 0.35 * texture[1]
     inside_mm = (1 + one.rough * rim - own.norm(dim=-1)) * size
     where = soft(plane.depth - 0.5, 0.7) * (plane.brain > 0)
     share = soft(inside_mm, 0.7) * where
-    value = one.hu + 3.0 * one.texture.at(plane.points)[0] - 9 * torch.exp(-inside_mm.clamp(min=0) / 2.2)
+    value = one.hu + 3.0 * texture[0] - 9 * torch.exp(-inside_mm.clamp(min=0) / 2.2)
     dark, drop = nothing, nothing
     sign = one.sign
     if sign.name in ("hypodensity", "notch"):
@@ -161,45 +184,53 @@ def _clot(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Te
     elif sign.name == "fluid-level":
         middle = (back * share).sum() / share.sum().clamp(min=1)
         drop = soft(middle + 0.1 * size - back)
-    edema = soft(inside_mm + one.edema_mm * (1 + 0.4 * one.outline.at(plane.points)[1]), 2.0) * where * (plane.hu > 15)
+    edema = soft(inside_mm + one.edema_mm * (1 + 0.4 * outline[1]), 2.0) * where * (plane.hu > 15)
     return share, value - sign.drop_hu * drop, dark, edema
 
 
-def _ventricles(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ventricles(
+    one: Bleeding, plane: Plane, back: Tensor, outline: Tensor, texture: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Blood in the ventricles: it sinks to the back of a patient who lies, or clots."""
     y = plane.points[..., 1]
-    dense = soft((one.level - 0.5) * 90 - (y + 40) + 8 * one.outline.at(plane.points)[0], 2)  # filled from the back
+    dense = soft((one.level - 0.5) * 90 - (y + 40) + 8 * outline[0], 2)  # filled from the back
     side = soft(one.centre[0] * plane.points[..., 0] / 10 + 6 * one.push, 2)
     share = soft(plane.ventricle, 0.7) * soft(plane.depth - 1) * dense * side
-    return share, one.hu + 2 * one.texture.at(plane.points)[0], torch.zeros_like(share), torch.zeros_like(share)
+    return share, one.hu + 2 * texture[0], torch.zeros_like(share), torch.zeros_like(share)
 
 
-def _sulci(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sulci(
+    one: Bleeding, plane: Plane, back: Tensor, outline: Tensor, texture: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Blood in cisterns and sulci around a place."""
     away = (plane.points - torch.tensor(one.centre)) / torch.tensor(one.radii)
-    near = soft(1 - away.norm(dim=-1) + 0.5 * one.outline.at(plane.points)[0], 0.25)
+    near = soft(1 - away.norm(dim=-1) + 0.5 * outline[0], 0.25)
     outside = soft(-plane.ventricle - 1.5, 1)
     share = (2.2 * plane.fluid - 0.3).clamp(0, 1) * near * outside * soft(plane.depth - 0.3, 0.5)
-    return share, one.hu + 2 * one.texture.at(plane.points)[0], torch.zeros_like(share), torch.zeros_like(share)
+    return share, one.hu + 2 * texture[0], torch.zeros_like(share), torch.zeros_like(share)
 
 
-def _collection(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _collection(
+    one: Bleeding, plane: Plane, back: Tensor, outline: Tensor, texture: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Blood between brain and inner table."""
-    thick = _thickness(one, plane.points)
+    thick = _thickness(one, plane.points, outline)
     share = soft(thick - plane.depth, 0.6) * soft(plane.depth, 0.5) * soft(thick - 1.0, 0.6)
-    older = soft(one.texture.at(plane.points)[1] - 1.2 + 2 * (1 - one.level), 0.5)  # not yet clotted, or older
-    value = one.hu - 22 * older + 2.5 * one.texture.at(plane.points)[0]
+    older = soft(texture[1] - 1.2 + 2 * (1 - one.level), 0.5)  # not yet clotted, or older
+    value = one.hu - 22 * older + 2.5 * texture[0]
     return share, value, torch.zeros_like(share), torch.zeros_like(share)
 
 
-def _contusion(one: Bleeding, plane: Plane, back: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _contusion(
+    one: Bleeding, plane: Plane, back: Tensor, outline: Tensor, texture: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spots of blood in bruised cortex."""
     away = (plane.points - torch.tensor(one.centre)) / torch.tensor(one.radii)
     near = 1 - away.norm(dim=-1)
-    spots = _two(one.outline.at(plane.points)) * 0.7 + one.texture.at(plane.points)[1] * 0.5
+    spots = _two(outline) * 0.7 + texture[1] * 0.5
     share = soft(near + one.rough * spots - 0.35, 0.12) * soft(plane.depth - 1.0, 0.7)
     edema = soft(near + 0.25, 0.3) * soft(plane.depth - 0.5) * (plane.hu > 15)
-    return share, one.hu + 3 * one.texture.at(plane.points)[0], torch.zeros_like(share), edema
+    return share, one.hu + 3 * texture[0], torch.zeros_like(share), edema
 
 
 _RULES = dict.fromkeys(INTRACEREBRAL, _clot) | {
@@ -228,7 +259,7 @@ def _outward(points: Tensor) -> Tensor:
     return normal / normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
-def _thickness(one: Bleeding, points: Tensor) -> Tensor:
+def _thickness(one: Bleeding, points: Tensor, outline: Tensor) -> Tensor:
     """Thickness of a collection below the skull at points, mm: a lens (epidural) or a crescent (subdural)."""
     ray = (points - torch.tensor(_BRAIN)) / torch.tensor(_HULL)
     ray = ray / ray.norm(dim=-1, keepdim=True).clamp(min=1e-6)
@@ -236,11 +267,11 @@ def _thickness(one: Bleeding, points: Tensor) -> Tensor:
     angle = torch.arccos((ray * middle).sum(-1).clamp(-1, 1))
     bearing = torch.atan2(ray[..., 2] - middle[2], ray[..., 1] - middle[1])
     stretch = torch.hypot(torch.cos(bearing) / one.radii[1], torch.sin(bearing) / one.radii[2])
-    share = angle * stretch + 0.18 * one.outline.at(points)[0] * (one.kind == "subdural")
+    share = angle * stretch + 0.18 * outline[0] * (one.kind == "subdural")
     if one.kind == "epidural":
         return one.radii[0] * (1 - share**2).clamp(min=0)
     same_side = soft(points[..., 0] * (1 if middle[0] > 0 else -1) - 1, 1)
-    return one.radii[0] * (1 - share**4).clamp(min=0) * (1 + 0.35 * one.outline.at(points)[1]).clamp(min=0.2) * same_side
+    return one.radii[0] * (1 - share**4).clamp(min=0) * (1 + 0.35 * outline[1]).clamp(min=0.2) * same_side
 
 
 def sample_bleeding(rng: np.random.Generator, kind: str, radius_mm: float = 17.0, sign: Sign | None = None) -> Bleeding:
@@ -278,7 +309,9 @@ def _lobar(rng: np.random.Generator, side: float, radius: float) -> tuple:
 
 
 def _cerebellar(rng: np.random.Generator, side: float, radius: float) -> tuple:
-    return (side * rng.uniform(8, 30), rng.uniform(-72, -54), rng.uniform(-48, -28)), 0.65 * radius * rng.uniform(0.75, 1.2, 3)
+    return (side * rng.uniform(8, 30), rng.uniform(-72, -54), rng.uniform(-48, -28)), 0.65 * radius * rng.uniform(
+        0.75, 1.2, 3
+    )
 
 
 def _brainstem(rng: np.random.Generator, side: float, radius: float) -> tuple:

@@ -34,7 +34,11 @@ Shard = dict[str, NDArray]
 
 
 def draw_pool(
-    folder: Path, seed: int, shards: int, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    seed: int,
+    shards: int,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Draw the shards that are not in the folder yet.
 

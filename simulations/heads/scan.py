@@ -22,6 +22,7 @@ from simulations.phantom.render import MATRIX, Scanner, blur_and_noise
 
 _DRAWN = 256  # pixels of a drawn plane's side: every scanner's blur is wider than a drawn pixel
 _PLANES = (-0.5 / 3**0.5, 0.5 / 3**0.5)  # of a slice, in thicknesses: Gauss-Legendre of order 2
+_THIN_MM = 2.0  # one plane is enough up to here
 RESTS = ("none", "shell", "cushion", "table")
 
 
@@ -88,12 +89,12 @@ def scan_slice(
     centres = (torch.arange(_DRAWN) + 0.5) * step - scanner.field_of_view_mm / 2
     x, y = centres[None, :].expand(_DRAWN, _DRAWN), centres[:, None].expand(_DRAWN, _DRAWN)
     z = z_mm + math.tan(math.radians(scanner.tilt_degree)) * y
-    planes = [_plane(patient, template, x, y, z + share * scanner.thickness_mm) for share in _PLANES]
+    shares = _PLANES if scanner.thickness_mm > _THIN_MM else (0.0,)
+    planes = [_plane(patient, template, x, y, z + share * scanner.thickness_mm) for share in shares]
     hu = sum(_hardened(plane, bled, scanner, artefacts) for plane, bled in planes) / len(planes)
     hu = hu + scanner.offset_hu * (hu > -500)
     hu = _rest(hu, planes[0][0], artefacts, x, y)
     hu = _streaks(_moved(hu, artefacts.motion), artefacts, x, y)
-    kinds = torch.stack([_mean([bled.kinds.get(kind) for _, bled in planes], hu) for kind in KINDS])
     blood = _mean([bled.blood for _, bled in planes], hu)
     dark = _mean([bled.dark for _, bled in planes], hu)
 
@@ -101,8 +102,11 @@ def scan_slice(
     hu_YX = blur_and_noise(hu_YX, scanner, rng)
     if scanner.padding_hu is not None:
         hu_YX[_fine(torch.hypot(x, y).numpy(), 0) > scanner.field_of_view_mm / 2] = scanner.padding_hu
-    blood_YX = _fine(blood.numpy(), 1) > 0.5
-    kind_YX = np.where(blood_YX, _fine((kinds.argmax(0) + 1).numpy().astype(np.float32), 0), 0).astype(np.uint8)
+    blood_YX, kind_YX = np.zeros((MATRIX, MATRIX), np.bool_), np.zeros((MATRIX, MATRIX), np.uint8)
+    if bool((blood > 0.4).any()):
+        kinds = torch.stack([_mean([bled.kinds.get(kind) for _, bled in planes], hu) for kind in KINDS])
+        blood_YX = _fine(blood.numpy(), 1) > 0.5
+        kind_YX = np.where(blood_YX, _fine((kinds.argmax(0) + 1).numpy().astype(np.float32), 0), 0).astype(np.uint8)
     area = float((dark > 0.5).sum()) * step**2
     return Scanned(np.rint(hu_YX).clip(-4096, 4095).astype(np.int16), blood_YX, kind_YX, area)
 
@@ -149,7 +153,9 @@ def _rest(hu: Tensor, plane: Plane, artefacts: Artefacts, x: Tensor, y: Tensor) 
     if artefacts.rest == "cushion":
         foam = soft(torch.hypot(x, y - (behind - 92)) - 93) * soft(107 - torch.hypot(x, y - (behind - 92))) * (y > 10)
         hu = hu + foam * air * 60
-        return hu + soft(1.2 - (torch.hypot(x, y - (behind - 92)) - 108).abs(), 0.6) * (y > 10) * air * (artefacts.rest_hu + 1000)
+        return hu + soft(1.2 - (torch.hypot(x, y - (behind - 92)) - 108).abs(), 0.6) * (y > 10) * air * (
+            artefacts.rest_hu + 1000
+        )
     if artefacts.rest == "table":
         return hu + soft(1.5 - (y - behind - 5).abs(), 0.6) * air * (artefacts.rest_hu + 1000)
     return hu
@@ -160,7 +166,9 @@ def _moved(hu: Tensor, angle: float) -> Tensor:
     if not angle:
         return hu
     cos, sin = math.cos(angle), math.sin(angle)
-    grid = torch.nn.functional.affine_grid(torch.tensor([[[cos, -sin, 0.01], [sin, cos, 0.0]]]), [1, 1, *hu.shape], align_corners=False)
+    grid = torch.nn.functional.affine_grid(
+        torch.tensor([[[cos, -sin, 0.01], [sin, cos, 0.0]]]), [1, 1, *hu.shape], align_corners=False
+    )
     other = torch.nn.functional.grid_sample(hu[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
     return 0.6 * hu + 0.4 * other
 

@@ -22,7 +22,11 @@ from torch import Tensor
 
 ORIGIN_MM = (-98.0, -134.0, -72.0)  # of the template's first voxel
 PAD_MM = 32  # voxels of 1 mm added on every side, for skull and scalp
-_CLOSE_MM, _CLOSE_HIGH_MM, _HIGH_MM = 6.0, 24.0, -4.0  # closing of the hull; wider above _HIGH_MM, where the skull is smooth
+_CLOSE_MM, _CLOSE_HIGH_MM, _HIGH_MM = (
+    6.0,
+    24.0,
+    -4.0,
+)  # closing of the hull; wider above _HIGH_MM, where the skull is smooth
 _FLUID_MM = 1.5  # between brain and inner table
 
 
@@ -111,9 +115,7 @@ def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
 
 
-def _ventricles(
-    fluid: NDArray[np.float32], depth: NDArray[np.float32], first: tuple[float, ...]
-) -> NDArray[np.bool_]:
+def _ventricles(fluid: NDArray[np.float32], depth: NDArray[np.float32], first: tuple[float, ...]) -> NDArray[np.bool_]:
     """Fluid of the lateral, third and fourth ventricles, found by place."""
     x, y, z = (np.arange(n) + o for n, o in zip(fluid.shape, first, strict=True))
     across, y, z = np.abs(x)[:, None, None], y[None, :, None], z[None, None, :]
