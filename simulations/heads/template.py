@@ -27,6 +27,9 @@ _CLOSE_MM, _CLOSE_HIGH_MM, _HIGH_MM = (
     24.0,
     -4.0,
 )  # closing of the hull; wider above _HIGH_MM, where the skull is smooth
+# Where ventricles are: x, y, z; even distances from the padded volume's first voxel (-130, -166, -104).
+_DEEP_MM = ((-50, 50), (-96, 44), (-56, 44))
+_FAR_MM = 40.0  # depth in the ventricles outside of there
 _FLUID_MM = 1.5  # between brain and inner table
 
 
@@ -49,12 +52,17 @@ class Template:
 
 @lru_cache(maxsize=1)
 def load_template() -> Template:
-    """Read the tissue maps and derive the distances; takes some 20 s and 200 MB, once a process."""
+    """Read the tissue maps and derive the distances; takes some seconds and 200 MB, once a process."""
     grey, white, t1 = (_map(name) for name in ("gm", "wm", "t1"))
     first = tuple(o - PAD_MM for o in ORIGIN_MM)
     depth = _cavity_depth(_largest((t1 > 40)[::2, ::2, ::2]), first)
-    fluid = np.clip(1 - grey - white, 0, 1)
-    ventricles = _signed_distance(_ventricles(fluid, ndimage.zoom(depth, 2, order=1), first), 0.7)[::2, ::2, ::2]
+    ventricles = np.full(depth.shape, np.float32(-_FAR_MM))
+    fine = tuple(slice(int(low - o), int(high - o)) for (low, high), o in zip(_DEEP_MM, first, strict=True))
+    coarse = tuple(slice(one.start // 2, one.stop // 2) for one in fine)
+    fluid = np.clip(1 - grey[fine] - white[fine], 0, 1)
+    ventricles[coarse] = _signed_distance(
+        _ventricles(fluid, ndimage.zoom(depth[coarse], 2, order=1), tuple(low for low, _ in _DEEP_MM)), 0.7
+    )[::2, ::2, ::2]
     return Template(_channels(np.stack([grey, white])), _channels(np.stack([depth, ventricles])), first, first)
 
 
@@ -125,7 +133,6 @@ def _ventricles(fluid: NDArray[np.float32], depth: NDArray[np.float32], first: t
     temporal = _between(across, 24, 42) & _between(y, -40, 2) & _between(z, -26, -2)
     third = (across < 4) & _between(y, -24, 4) & _between(z, -10, 10)
     fourth = (across < 9) & _between(y, -56, -38) & _between(z, -46, -20)
-    depth = depth[: fluid.shape[0], : fluid.shape[1], : fluid.shape[2]]
     found = (fluid > 110 / 255) & (depth > 10) & (bodies | occipital | temporal | third | fourth)
     labels, _ = ndimage.label(found)
     return np.isin(labels, np.flatnonzero(np.bincount(labels.ravel()) > 60)[1:])
