@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from simulations.heads.anatomy import Head, Plane, bump, draw, sample_head, soft, to_template
-from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displaced, sample_bleeding
+from simulations.heads.anatomy import Plane, draw, to_template
+from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displaced
+from simulations.heads.fields import bump, soft
+from simulations.heads.head import Head, sample_head
+from simulations.heads.places import sample_bleeding
 from simulations.heads.template import Template, sample
 from simulations.phantom.render import MATRIX, Scanner, blur_and_noise
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simulations.heads.anatomy import Head, Plane, draw, sample_head, to_template
+from simulations.heads.anatomy import Plane, draw, to_template
 from simulations.heads.bleeding import (
     INTRACEREBRAL,
     KINDS,
@@ -17,8 +17,9 @@ from simulations.heads.bleeding import (
     Sign,
     bleed,
     displaced,
-    sample_bleeding,
 )
+from simulations.heads.head import Head, sample_head
+from simulations.heads.places import sample_bleeding
 from simulations.heads.template import load_template, sample
 
 STEP_MM = 0.9
