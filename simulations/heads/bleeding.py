@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simulations.heads.anatomy import Field, Plane, soft
+from simulations.heads.anatomy import Plane
+from simulations.heads.fields import Field, soft
 
 KINDS = (
     "deep",
