@@ -66,8 +66,12 @@ def draw(head: Head, template: Template, points: Tensor, moved: Tensor | None = 
     else:
         ventricle = sample(template.distances, moved, template.first_distance_mm, 2.0)[1]
     ventricle = ventricle + head.ventricles_mm
-    grey, white = sample(template.tissue, moved, template.first_mm, 1.0)
     outer, fine = head.outer.at(points), head.texture.at(points)
+    around, below_skin = outside(head, points, depth, outer, fine)
+    brain = soft(depth)
+    if not bool((brain > 0).any()):
+        return Plane(around, brain, points, depth, ventricle, torch.zeros_like(brain), below_skin)
+    grey, white = _crisp(*sample(template.tissue, moved, template.first_mm, 1.0))
     fluid = _fluid(head, 1 - grey - white, depth, ventricle)
     share = (1 - fluid) / (grey + white).clamp(min=1e-3)
     grey, white = grey * share, white * share
@@ -75,10 +79,11 @@ def draw(head: Head, template: Template, points: Tensor, moved: Tensor | None = 
     inside = grey * head.grey + white * (head.white - rare) + fluid * head.csf
     inside = inside + 0.8 * fine[0] * (1 - fluid)
     inside = _membranes(head, inside, torch.cat([moved[..., :2], points[..., 2:]], -1), depth, outer)
-    around, below_skin = outside(head, points, depth, outer, fine)
-    brain = soft(depth)
     hu = around + brain * (inside - around)
+    heights = float(points[..., 2].min()), float(points[..., 2].max())
     for place, radii, value in head.scars:
+        if not _reaches(place, 1.5 * radii[2], heights):
+            continue
         away = 1 - ((moved - torch.tensor(place)) / torch.tensor(radii)).norm(dim=-1) + 0.15 * fine[0]
         scar = soft(away, 0.12) * soft(depth - 1.5)
         hu = hu + scar * (value - hu) * (hu > value)
@@ -86,9 +91,22 @@ def draw(head: Head, template: Template, points: Tensor, moved: Tensor | None = 
     if head.drain is not None:
         hu = _catheter(head, hu, points, below_skin)
     for place, radius, value in head.calcium:
-        distance = (points - torch.tensor(place, dtype=torch.float32)).norm(dim=-1) + 0.6 * outer[3]
-        hu = hu + soft(radius - distance, 0.7) * (value - hu)
+        if _reaches(place, radius + 3, heights):
+            distance = (points - torch.tensor(place, dtype=torch.float32)).norm(dim=-1) + 0.6 * outer[3]
+            hu = hu + soft(radius - distance, 0.7) * (value - hu)
     return Plane(hu, brain, points, depth, ventricle, fluid * brain, below_skin)
+
+
+def _reaches(place: tuple[float, float, float], reach_mm: float, heights: tuple[float, float]) -> bool:
+    """Whether something around a place meets a plane that lies between two heights."""
+    return heights[0] - reach_mm < place[2] < heights[1] + reach_mm
+
+
+def _crisp(grey: Tensor, white: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares with the border of one brain; the template's is a mean over many."""
+    both = grey + white
+    white = (0.5 + 2.2 * (white / both.clamp(min=1e-3) - 0.5)).clamp(0, 1) * both
+    return both - white, white
 
 
 def _catheter(head: Head, hu: Tensor, points: Tensor, below_skin: Tensor) -> Tensor:
@@ -126,12 +144,13 @@ def _membranes(head: Head, hu: Tensor, points: Tensor, depth: Tensor, outer: Ten
         * inside
         * soft(x.abs() - 0.14 * (y + 95).clamp(min=0), 2)
     )
-    hu = hu + torch.maximum(0.8 * falx, 0.55 * tent) * (head.falx - hu) * (hu < head.falx)
+    membrane = head.falx + 0.35 * head.contrast
+    hu = hu + torch.maximum(0.8 * falx, 0.55 * tent) * (membrane - hu) * (hu < membrane)
     sagittal = soft(5.5 - depth - 0.9 * x.abs(), 1.0) * soft(z + 5, 3) * soft(60 - y, 5)
     transverse = soft(6.5 - depth, 1.0) * soft(3.8 - (z - roof + 2).abs(), 1.0) * soft(-32 - y, 4)
     straight = soft(2.8 - torch.hypot(x, z - (6 - 0.42 * (-45 - y).clamp(min=0))), 0.7) * soft(-45 - y, 2)
     sinus = torch.maximum(torch.maximum(sagittal, transverse), straight) * inside
-    hu = hu + sinus * (head.vessels + 3 - hu)
+    hu = hu + sinus * (head.vessels + 3 + head.contrast - hu)
     middle = (
         soft(1.5 - torch.hypot(z + 14 - 0.15 * (x.abs() - 12), y - 3 + 0.25 * (x.abs() - 12) + outer[3]), 0.6)
         * soft(42 - x.abs(), 3)
@@ -140,4 +159,4 @@ def _membranes(head: Head, hu: Tensor, points: Tensor, depth: Tensor, outer: Ten
     basilar = soft(1.8 - torch.hypot(x + outer[3], y + 14 - 0.2 * (z + 25)), 0.6) * soft(-14 - z, 1) * soft(z + 45, 1)
     carotid = soft(2.2 - torch.hypot(x.abs() - 12, y - 2), 0.6) * soft(-12 - z, 1) * soft(z + 24, 1)
     artery = torch.maximum(torch.maximum(middle, basilar), carotid)
-    return hu + artery * (head.vessels - 4 - hu)
+    return hu + artery * (head.vessels - 4 + head.contrast - hu)

@@ -32,6 +32,7 @@ class Head:
       table, diploe: HU of bone.
       rarefaction: how much darker white matter around the ventricles is, HU.
       falx, vessels: HU of membranes and of blood in vessels.
+      contrast: what a contrast agent adds to blood, HU; 0 without.
       calcium: (place, radius, HU) of calcified spots.
       pneumatised: how much air is in mastoids and sinuses, about 1.
       swelling: of the scalp; direction, mm, and extent in radian; 0 mm for none.
@@ -58,6 +59,7 @@ class Head:
     rarefaction: float
     falx: float
     vessels: float
+    contrast: float
     calcium: tuple[tuple[tuple[float, float, float], float, float], ...]
     pneumatised: float
     swelling: tuple[tuple[float, float, float], float, float]
@@ -65,7 +67,7 @@ class Head:
     drain: tuple[tuple[float, float, float], tuple[float, float, float], float] | None
 
 
-def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0) -> Head:
+def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0, contrast: float = 0.0) -> Head:
     """Draw a head; age from 0 (young) over 1 (middle) to 2 (old) widens ventricles and sulci."""
     size = rng.normal(1.0, 0.03)
     scale = tuple(float(size * s) for s in rng.normal(1.0, 0.035, 3))
@@ -120,6 +122,7 @@ def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0) 
         rarefaction=float(max(0.0, rng.normal(5 * (age - 0.8), 3))),
         falx=float(rng.uniform(42, 62)),
         vessels=float(rng.uniform(38, 58)),
+        contrast=contrast,
         calcium=tuple(calcium),
         pneumatised=float(rng.uniform(0.3, 1.3)),
         swelling=_sample_swelling(rng),

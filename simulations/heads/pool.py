@@ -26,9 +26,10 @@ from simulations.heads.scan import Patient, Scanned, sample_patient, sample_scan
 from simulations.heads.template import load_template
 from simulations.phantom.draw_caches import ct_slice
 
-DRAWING = 1  # raised with every change of a drawn slice
+DRAWING = 2  # raised with every change of a drawn slice
 PATIENTS, SLICES = 32, 8  # of a shard, and of a patient
-_LOWEST_MM, _HIGHEST_MM = -52.0, 62.0  # of slices, from the centre of the head
+_LOWEST_MM, _HIGHEST_MM = -56.0, 68.0  # of slices, from the centre of the head
+_NECK_MM, _NECK_SHARE = -190.0, 0.2  # lowest slice where the neck is scanned too, and how often it is
 
 Shard = dict[str, NDArray]
 
@@ -103,12 +104,13 @@ def _kinds(one: Scanned) -> list[bool]:
 
 def _heights(rng: np.random.Generator, patient: Patient) -> Iterator[float]:
     """Heights of slices; about half of them where a bleeding is."""
+    lowest = _NECK_MM if rng.random() < _NECK_SHARE else _LOWEST_MM
     for number in range(SLICES):
         if patient.bleedings and number % 2:
             one = patient.bleedings[int(rng.integers(len(patient.bleedings)))]
             yield float(np.clip(rng.normal(_middle(one), 12), _LOWEST_MM, _HIGHEST_MM))
         else:
-            yield float(rng.uniform(_LOWEST_MM, _HIGHEST_MM))
+            yield float(rng.uniform(lowest, _HIGHEST_MM))
 
 
 def _middle(one: Bleeding) -> float:

@@ -12,20 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional
 
 from simulations.heads.anatomy import Plane, draw, to_template
 from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displaced
 from simulations.heads.fields import bump, soft
 from simulations.heads.head import Head, sample_head
 from simulations.heads.places import sample_bleeding
+from simulations.heads.skull import AIR, skin_depth
 from simulations.heads.template import Template, sample
 from simulations.phantom.render import MATRIX, Scanner, blur_and_noise
 
 _DRAWN = 256  # pixels of a drawn plane's side: every scanner's blur is wider than a drawn pixel
 _PLANES = (-0.5 / 3**0.5, 0.5 / 3**0.5)  # of a slice, in thicknesses: Gauss-Legendre of order 2
 _THIN_MM = 2.0  # one plane is enough up to here
+_CELL, _MARGIN_MM = 8, 6.0  # how finely, and how far around, the patient is looked for in a plane
+_FAR_MM = -50.0  # below the skin, where nobody is
 RESTS = ("none", "shell", "cushion", "table")
 
 
@@ -92,26 +95,60 @@ def scan_slice(
     centres = (torch.arange(_DRAWN) + 0.5) * step - scanner.field_of_view_mm / 2
     x, y = centres[None, :].expand(_DRAWN, _DRAWN), centres[:, None].expand(_DRAWN, _DRAWN)
     z = z_mm + math.tan(math.radians(scanner.tilt_degree)) * y
+    box = _box(patient, template, x, y, z)
     shares = _PLANES if scanner.thickness_mm > _THIN_MM else (0.0,)
-    planes = [_plane(patient, template, x, y, z + share * scanner.thickness_mm) for share in shares]
-    hu = sum(_hardened(plane, bled, scanner, artefacts) for plane, bled in planes) / len(planes)
+    planes = [_plane(patient, template, x[box], y[box], z[box] + share * scanner.thickness_mm) for share in shares]
+    hu = torch.full_like(x, AIR)
+    hu[box] = sum(_hardened(plane, bled, scanner, artefacts) for plane, bled in planes) / len(planes)
     hu = hu + scanner.offset_hu * (hu > -500)
-    hu = _rest(hu, planes[0][0], artefacts, x, y)
+    below_skin = torch.full_like(x, _FAR_MM)
+    below_skin[box] = planes[0][0].below_skin
+    hu = _rest(hu, below_skin, artefacts, x, y)
     hu = _streaks(_moved(hu, artefacts.motion), artefacts, x, y)
-    blood = _mean([bled.blood for _, bled in planes], hu)
-    dark = _mean([bled.dark for _, bled in planes], hu)
 
-    hu_YX = _fine(hu.numpy(), 1)
-    hu_YX = blur_and_noise(hu_YX, scanner, rng)
+    hu_YX = blur_and_noise(_fine(hu), scanner, rng)
     if scanner.padding_hu is not None:
-        hu_YX[_fine(torch.hypot(x, y).numpy(), 0) > scanner.field_of_view_mm / 2] = scanner.padding_hu
+        hu_YX[_fine(torch.hypot(x, y)) > scanner.field_of_view_mm / 2] = scanner.padding_hu
     blood_YX, kind_YX = np.zeros((MATRIX, MATRIX), np.bool_), np.zeros((MATRIX, MATRIX), np.uint8)
+    blood = sum(bled.blood for _, bled in planes) / len(planes)
     if bool((blood > 0.4).any()):
-        kinds = torch.stack([_mean([bled.kinds.get(kind) for _, bled in planes], hu) for kind in KINDS])
-        blood_YX = _fine(blood.numpy(), 1) > 0.5
-        kind_YX = np.where(blood_YX, _fine((kinds.argmax(0) + 1).numpy().astype(np.float32), 0), 0).astype(np.uint8)
-    area = float((dark > 0.5).sum()) * step**2
+        blood_YX = _pasted(blood, box) > 0.5
+        kind_YX = _kinds([bled for _, bled in planes], blood_YX, box)
+    area = float((sum(bled.dark for _, bled in planes) / len(planes) > 0.5).sum()) * step**2
     return Scanned(np.rint(hu_YX).clip(-4096, 4095).astype(np.int16), blood_YX, kind_YX, area)
+
+
+def _box(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of a plane between which the patient lies, multiples of _CELL."""
+    some = slice(_CELL // 2, None, _CELL)
+    points = to_template(patient.head, x[some, some], y[some, some], z[some, some])
+    depth = sample(template.distances, points, template.first_distance_mm, 2.0)[0]
+    near = skin_depth(patient.head, points, depth) > -_MARGIN_MM
+    edges = []
+    for axis in (1, 0):
+        cells = torch.nonzero(near.any(axis)).flatten()
+        first, last = (int(cells[0]), int(cells[-1])) if len(cells) else (0, 0)
+        edges.append(slice(max(first - 1, 0) * _CELL, (last + 2) * _CELL))
+    return edges[0], edges[1]
+
+
+def _pasted(share: Tensor, box: tuple[slice, slice]) -> NDArray[np.float32]:
+    """A share of a plane's box, at the slice's resolution."""
+    whole = torch.zeros((_DRAWN, _DRAWN))
+    whole[box] = share
+    return _fine(whole)
+
+
+def _kinds(planes: list[Bled], blood_YX: NDArray[np.bool_], box: tuple[slice, slice]) -> NDArray[np.uint8]:
+    """Number of the kind that holds most of each pixel of blood."""
+    most, kind_YX = np.zeros((MATRIX, MATRIX), np.float32), np.zeros((MATRIX, MATRIX), np.uint8)
+    for number, kind in enumerate(KINDS, start=1):
+        there = [bled.kinds[kind] for bled in planes if kind in bled.kinds]
+        if there:
+            share_YX = _pasted(sum(there) / len(planes), box)
+            kind_YX[share_YX > most] = number
+            most = np.maximum(most, share_YX)
+    return np.where(blood_YX, kind_YX, 0).astype(np.uint8)
 
 
 def _plane(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor) -> tuple[Plane, Bled]:
@@ -125,15 +162,9 @@ def _plane(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor
     return plane, bleed(plane, patient.bleedings, y)
 
 
-def _mean(shares: list[Tensor | None], like: Tensor) -> Tensor:
-    """Mean of planes; a plane without the thing counts as zero."""
-    there = [share for share in shares if share is not None]
-    return sum(there, torch.zeros_like(like)) / len(shares)
-
-
-def _fine(values_YX: NDArray[np.float32], order: int) -> NDArray[np.float32]:
-    """A drawn plane at the slice's resolution."""
-    return ndimage.zoom(values_YX, MATRIX // _DRAWN, order=order, grid_mode=True, mode="nearest")
+def _fine(values: Tensor) -> NDArray[np.float32]:
+    """A drawn plane at the slice's resolution, linear between."""
+    return functional.interpolate(values[None, None], size=(MATRIX, MATRIX), mode="bilinear")[0, 0].numpy()
 
 
 def _hardened(plane: Plane, bled: Bled, scanner: Scanner, artefacts: Artefacts) -> Tensor:
@@ -146,10 +177,10 @@ def _hardened(plane: Plane, bled: Bled, scanner: Scanner, artefacts: Artefacts) 
     return hu
 
 
-def _rest(hu: Tensor, plane: Plane, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
+def _rest(hu: Tensor, below_skin: Tensor, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
     """What the head lies on."""
-    air = soft(-plane.below_skin - 1) * (hu < -500)
-    behind = float(y[(plane.below_skin > 0)].max()) if bool((plane.below_skin > 0).any()) else 90.0
+    air = soft(-below_skin - 1) * (hu < -500)
+    behind = float(y[below_skin > 0].max()) if bool((below_skin > 0).any()) else 90.0
     shell = (torch.hypot(x, (y - (behind - 92)) * 0.97) - 99).abs()
     if artefacts.rest == "shell":
         return hu + soft(1.6 - shell, 0.6) * (y > 35) * air * (artefacts.rest_hu + 1000)
@@ -169,10 +200,10 @@ def _moved(hu: Tensor, angle: float) -> Tensor:
     if not angle:
         return hu
     cos, sin = math.cos(angle), math.sin(angle)
-    grid = torch.nn.functional.affine_grid(
+    grid = functional.affine_grid(
         torch.tensor([[[cos, -sin, 0.01], [sin, cos, 0.0]]]), [1, 1, *hu.shape], align_corners=False
     )
-    other = torch.nn.functional.grid_sample(hu[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
+    other = functional.grid_sample(hu[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
     return 0.6 * hu + 0.4 * other
 
 
@@ -217,7 +248,8 @@ def sample_scanner(rng: np.random.Generator) -> tuple[Scanner, Artefacts]:
 
 def sample_patient(rng: np.random.Generator, bleeding_share: float = 0.6) -> Patient:
     """Draw a patient for a stream of heads: any age, no bleeding, one, or several that go together."""
-    head = sample_head(rng, age=float(rng.uniform(0, 2)), pose_degree=6.0)
+    contrast = float(rng.uniform(50, 220)) if rng.random() < _CONTRAST_SHARE else 0.0
+    head = sample_head(rng, float(rng.uniform(0, 2)), pose_degree=6.0, contrast=contrast)
     if rng.random() >= bleeding_share:
         return Patient(head)
     kinds = [str(rng.choice(KINDS, p=_SHARES))]
@@ -227,6 +259,7 @@ def sample_patient(rng: np.random.Generator, bleeding_share: float = 0.6) -> Pat
     return Patient(head, tuple(sample_bleeding(rng, kind, float(rng.uniform(6, 24)), _sign(rng)) for kind in kinds))
 
 
+_CONTRAST_SHARE = 0.12  # of patients with a contrast agent in their vessels
 _SHARES = (0.18, 0.17, 0.06, 0.03, 0.08, 0.12, 0.17, 0.10, 0.09)  # of KINDS
 _TOGETHER = {
     "deep": {"intraventricular": 0.4},

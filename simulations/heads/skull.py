@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simulations.heads.fields import bump, soft
 from simulations.heads.head import Head
+from simulations.heads.neck import BEGINS_MM, draw_neck, shoulders
 
 AIR, FAT, MUSCLE, SKIN = -1000.0, -95.0, 55.0, 30.0
 
@@ -23,21 +24,8 @@ def outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor, fine: Tens
       HU, and depth below the skin in mm.
     """
     x, y, z = points.unbind(-1)
-    across = x.abs()
     low = soft(-14 - z, 10)  # 1 at the base, 0 at the vault
-    skull = (head.skull_mm * (1 + 0.18 * outer[0]) + 2.5 * soft(z - 60, 12)).clamp(min=2.8)
-    skull = skull * (1 - 0.35 * bump(across - 66, 8) * bump(z + 5, 18))  # the temporal squama is thin
-    temporal = 9 * bump(y - 12, 28) * bump(z + 14, 30) * soft(across - 46, 6)  # muscle
-    nape = 28 * soft(-52 - y, 10) * soft(-30 - z, 12)
-    scalp = (head.scalp_mm * (1 + 0.2 * outer[1])).clamp(min=2.5)
-    way, mm, extent = head.swelling
-    swollen = torch.zeros_like(depth)
-    if mm:
-        ray = points - torch.tensor((0.0, -18.0, 0.0))
-        ray = (ray / ray.norm(dim=-1, keepdim=True).clamp(min=1e-6) * torch.tensor(way)).sum(-1)
-        swollen = mm * soft(ray - math.cos(extent), 0.5 * (1 - math.cos(extent)))
-    below_skin = depth + skull + scalp + temporal + nape + swollen
-    below_skin = torch.maximum(below_skin, _face(x, y, z, outer))
+    below_skin, skull, temporal, swollen = _surface(head, points, depth, outer)
     flesh = FAT + (MUSCLE - FAT) * torch.maximum(
         soft(temporal - 1.5, 1) * soft(-(depth + skull) - 0.6, 0.5) * soft(temporal + 0.5 + (depth + skull), 1),
         low * soft(outer[2] + 0.4 * fine[1], 0.5) * 0.9,
@@ -52,9 +40,39 @@ def outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor, fine: Tens
     value = head.table + diploe * (head.diploe + 120 * grain - head.table)
     value = value - (head.table - 250) * _sutures(x, y, z, outer) * soft(-depth - 0.5)
     hu = hu + bone_in * (value - hu)
-    if float(z.min()) < 8:  # everything of the base lies lower
+    lowest = float(z.min())
+    if lowest < 8:  # everything of the base lies lower
         hu = _base(head, hu, x, y, z, depth, outer, grain, below_skin)
+    if lowest < BEGINS_MM:
+        neck = draw_neck(head, hu, points, below_skin, outer, fine)
+        hu = hu + soft(-depth - 2) * (neck - hu)
     return hu, below_skin
+
+
+def skin_depth(head: Head, points: Tensor, depth: Tensor) -> Tensor:
+    """Depth below the skin in mm, negative outside."""
+    return _surface(head, points, depth, head.outer.at(points))[0]
+
+
+def _surface(head: Head, points: Tensor, depth: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Depth below the skin, and thickness of the skull, the temporal muscle and a swelling, mm."""
+    x, y, z = points.unbind(-1)
+    across = x.abs()
+    skull = (head.skull_mm * (1 + 0.18 * outer[0]) + 2.5 * soft(z - 60, 12)).clamp(min=2.8)
+    skull = skull * (1 - 0.35 * bump(across - 66, 8) * bump(z + 5, 18))  # the temporal squama is thin
+    temporal = 9 * bump(y - 12, 28) * bump(z + 14, 30) * soft(across - 46, 6)  # muscle
+    nape = 24 * soft(-58 - y, 30) * soft(-40 - z, 26)
+    scalp = (head.scalp_mm * (1 + 0.2 * outer[1])).clamp(min=2.5)
+    way, mm, extent = head.swelling
+    swollen = torch.zeros_like(depth)
+    if mm:
+        ray = points - torch.tensor((0.0, -18.0, 0.0))
+        ray = (ray / ray.norm(dim=-1, keepdim=True).clamp(min=1e-6) * torch.tensor(way)).sum(-1)
+        swollen = mm * soft(ray - math.cos(extent), 0.5 * (1 - math.cos(extent)))
+    below_skin = depth + skull + scalp + temporal + nape + swollen
+    if float(z.min()) < 20:  # face and neck reach up to here
+        below_skin = torch.maximum(below_skin, _face(x, y, z, outer))
+    return below_skin, skull, temporal, swollen
 
 
 def _sutures(x: Tensor, y: Tensor, z: Tensor, outer: Tensor) -> Tensor:
@@ -71,7 +89,8 @@ def _face(x: Tensor, y: Tensor, z: Tensor, outer: Tensor) -> Tensor:
     face = 1 - torch.sqrt((x / 62) ** 2 + ((y - 26) / 62) ** 2 + ((z + 62) / 52) ** 2)
     nose = 1 - torch.sqrt((x / 14) ** 2 + ((y - 88) / 16) ** 2 + ((z + 62) / 22) ** 2)
     neck = 1 - torch.sqrt((x / 60) ** 2 + ((y + 32) / 62) ** 2) - 0.02 * (z + 60).clamp(min=0)
-    return torch.maximum(torch.maximum(58 * face, 13 * nose), 58 * neck) + 1.5 * outer[1]
+    skin = torch.maximum(torch.maximum(58 * face, 13 * nose), 58 * neck)
+    return torch.maximum(skin, shoulders(x, y, z)) + 1.5 * outer[1]
 
 
 def _base(
