@@ -138,7 +138,7 @@ def _check_beginning(site: Site, config: RunConfig, order: TrainOrder, received:
     """Check that a run begins with the model that its seed gives, or with the pretrained one that was tested here."""
     if order.round_number > 1:
         return
-    if not config.model.pretrained:
+    if not config.model.brought:
         check_initial(received, initial_model(config))
         return
     encoder = {name: value for name, value in received.items() if name.startswith("encoder.")}

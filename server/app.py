@@ -125,7 +125,7 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     log.info(f"run {run.name}: {settings.rounds} rounds of {settings.strategy}, sharing {settings.share}, in {run}")
 
     model = build_model(config.model, config.run.seed)
-    if config.model.pretrained:
+    if config.model.brought:
         unused = load_pretrained(model, Path(config.model.pretrained))
         log.info(f"initial encoder from {config.model.pretrained}; {len(unused)} tensors of the file not used")
     shared = groups_shared(settings.share)

@@ -20,6 +20,7 @@ from shared.errors import HemafedError
 Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
 MOST_HU, MOST_WINDOWS = 32768.0, 8  # CT values are int16
+SYNTHETIC = "synthetic"  # model.pretrained: the starting model that comes with hemafed
 LONGEST_TEXT = 1000  # of a value; the longest are paths
 NAME_WORDS = "up to 64 letters, digits, '-', '_' or '.', a letter or digit first"
 
@@ -52,12 +53,18 @@ class ModelSettings:
     Attributes:
       variant: a key of shared.model.swin.VARIANTS.
       windows_hu: one input channel each, "low:high" in HU, separated by commas.
-      pretrained: safetensors file with timm Swin weights for the initial encoder, on the server; empty for none.
+      pretrained: what the run begins with; empty for random weights, "synthetic" for the model of this variant that comes
+        with hemafed (shared/model/starting.py), else a safetensors file with timm Swin weights on the server.
     """
 
     variant: str = "default"
     windows_hu: str = "0:80"
     pretrained: str = ""
+
+    @property
+    def brought(self) -> bool:
+        """Whether the initial encoder comes from a file of the centre's, which hospitals do not have."""
+        return self.pretrained not in ("", SYNTHETIC)
 
     def windows(self) -> tuple[tuple[float, float], ...]:
         """The windows as (low, high) in HU."""
@@ -180,7 +187,7 @@ class SimulationSettings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "model.variant": ("default", "tiny", "demo", "demo-deep"),
+    "model.variant": ("default", "tiny", "small", "demo", "demo-deep"),
     "loss.weighting": ("fixed", "uncertainty", "gradnorm"),
     "train.optimiser": ("muon", "adamw"),
     "train.augment": ("none", "pose", "scanner"),

@@ -24,7 +24,7 @@ from shared.config import ConfigError, parse_config
 from shared.errors import HemafedError
 from shared.host.console import Bars, console, fail, say
 from shared.site import read_site
-from simulations.heads.pretrain import pretrain_encoder
+from simulations.heads.pretrain import pretrain_model
 from simulations.heads.sheet import write_sheet
 from simulations.importers import IMPORTERS, SourceError
 from simulations.phantom.physics import physics_table
@@ -128,7 +128,7 @@ def pretrain_command(
 ) -> None:
     """Train a starting encoder on random heads; stopped and called again, it resumes."""
     try:
-        say(f"encoder: {pretrain_encoder(folder, variant, shards, steps, batch, seed, say)}")
+        say(f"model: {pretrain_model(folder, variant, shards, steps, batch, seed, say)}")
     except HemafedError as error:
         fail(error)
 

@@ -117,7 +117,7 @@ def _model_of_run(
         if trained:
             raise ModelNotOfRunError("the hospital has trained in this run; the initial model is tested before")
         check_initial(sets[0], built)
-        if not config.model.pretrained:
+        if not config.model.brought:
             check_initial(encoder, built)
         return encoder, sets
     footing = state.footing()

@@ -90,7 +90,7 @@ def open_round(
     try:
         if order.round_number > 1:
             check_round(config, footing, order.round_number, received)
-        elif config.model.pretrained and tested(site, order.run, "initial") is None:
+        elif config.model.brought and tested(site, order.run, "initial") is None:
             raise ModelNotOfRunError("the run's initial model was not tested here")
         reserve(site, order.run, round_stage(order.round_number), model)
     except (ModelNotOfRunError, EvaluationsError) as error:

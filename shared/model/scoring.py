@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.config import ModelSettings
+from shared.config import SYNTHETIC, ModelSettings
 from shared.metrics import Scores
 from shared.model.batches import read_batch
 from shared.model.losses import dice_score
+from shared.model.starting import load_starting, starting_file
 from shared.model.swin import VARIANTS, MultiTaskSwin, autocast
 from shared.slices import SliceCache
 
@@ -26,10 +27,17 @@ State = Mapping[str, Tensor]
 
 
 def build_model(settings: ModelSettings, seed: int) -> MultiTaskSwin:
-    """The run's model with its initial weights; the same seed gives the same weights at every site."""
+    """The run's model with its initial weights; the same settings and seed give the same weights at every site.
+
+    Raises:
+      StartingModelError: model.pretrained is "synthetic" and no starting model fits.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MultiTaskSwin(VARIANTS[settings.variant], in_channels=len(settings.windows()))
+        model = MultiTaskSwin(VARIANTS[settings.variant], in_channels=len(settings.windows()))
+    if settings.pretrained == SYNTHETIC:
+        load_starting(model, starting_file(settings.variant), settings)
+    return model
 
 
 def best_device() -> torch.device:

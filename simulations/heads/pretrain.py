@@ -1,8 +1,8 @@
-"""A starting encoder: encoder and decoders trained on random heads, for every federation to begin with.
+"""A starting model: encoder and decoders trained on random heads, for every federation to begin with.
 
 In: the shards of simulations/heads/pool.py. Out: a checkpoint after every stage of steps, a line of its losses and of Dice on
-shards that were never trained on, and at the end a safetensors file that `model.pretrained` takes. The classifier of kinds
-is used here alone: hospitals have labels of their own.
+shards that were never trained on, and at the end a model file with its card (shared/model/starting.py). The classifier of
+kinds is used here alone: hospitals have labels of their own.
 
 Shape suffixes: N slice, B batch, K kind.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,12 +28,14 @@ from shared.config import RunConfig, parse_config
 from shared.model.batches import Batch, Inputs, make_batch, make_inputs
 from shared.model.losses import TaskBalance, dice_score, slice_losses
 from shared.model.scoring import best_device, build_model
+from shared.model.starting import write_model
 from shared.model.swin import VARIANTS, MultiTaskSwin, Prediction, autocast
 from shared.slices import SliceCache
 from simulations.heads.bleeding import KINDS
 from simulations.heads.pool import draw_pool
 
 WINDOWS_HU = "0:80,-40:200"  # blood against brain, and blood against bone and calcium
+DATA = "synthetic heads of hemafed (simulations/heads); no scan of any patient"
 KIND_WEIGHT = 0.3  # of the kinds' loss beside the run config's weights
 
 
@@ -75,19 +76,19 @@ class Pretrainer(nn.Module):
         self.kinds = nn.Linear(model.shape.channels * 8, len(KINDS))
 
 
-def pretrain_encoder(
+def pretrain_model(
     folder: Path, variant: str, shards: int, steps: int, batch: int, seed: int, say: Callable[[str], None]
 ) -> Path:
-    """Draw a pool, train on it and write the encoder.
+    """Draw a pool, train on it and write encoder and decoders.
 
     Args:
-      folder: keeps the pool, the checkpoint, the curve and encoder.safetensors.
+      folder: keeps the pool, and in a folder of the variant the checkpoint, the curve and model.safetensors.
       variant: a key of VARIANTS.
       shards: of the pool; one in twenty is held out, at least one.
       steps, batch, seed: of the training.
       say: called with a line per shard and per stage.
     Returns:
-      The encoder's file.
+      The model's file, as shared/model/starting.py reads it.
     Raises:
       ConfigError: no such variant, or a number that no run config accepts.
     """
@@ -96,11 +97,19 @@ def pretrain_encoder(
     files = draw_pool(
         folder / "pool", seed, shards, os.cpu_count() or 1, lambda done, total: say(f"shard {done} of {total}")
     )
-    held_out = max(len(files) // 20, 1)
-    heads = load_heads(files[held_out:], config), load_heads(files[:held_out], config)
-    learner = pretrain(folder, *heads, Recipe(steps, min(500, steps), config), best_device(), say)
-    path = folder / "encoder.safetensors"
-    save_file({name: value.contiguous() for name, value in learner.model.encoder.state_dict().items()}, path)
+    held = max(len(files) // 20, 1)
+    train, held_out = load_heads(files[held:], config), load_heads(files[:held], config)
+    learner = pretrain(folder / variant, train, held_out, Recipe(steps, min(500, steps), config), best_device(), say)
+    numbers = {
+        "slices": len(train.kinds),
+        "steps": steps,
+        "batch": batch,
+        "seed": seed,
+        "held_out": len(held_out.kinds),
+    }
+    measured = {name: round(value, 3) for name, value in measure(learner, held_out, config).items()}
+    path = folder / variant / "model.safetensors"
+    write_model(path, learner.model, config.model, {"data": DATA} | numbers | measured)
     return path
 
 

@@ -18,7 +18,7 @@ def model() -> MultiTaskSwin:
 
 @pytest.fixture
 def image() -> Tensor:
-    return torch.rand(2, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, 1, 128, 128, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_the_map_is_that_of_finite_differences(model: MultiTaskSwin, image: Tens
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_shape_and_range(model: MultiTaskSwin, image: Tensor, stage: int) -> None:
     cam = grad_cam(model, image, stage)
-    assert cam.shape == (2, 96, 96)
+    assert cam.shape == (2, 128, 128)
     assert cam.dtype == torch.float32
     assert cam.min() >= 0
     assert cam.amax((1, 2)).tolist() == pytest.approx([1.0, 1.0])

@@ -80,7 +80,7 @@ def test_scores_are_the_models_own(model: MultiTaskSwin, heads: list[dict[str, T
     scores = score(model, heads[:1], cache, rows)
     own = build_model(SETTINGS, seed=0).eval()
     own.load_state_dict(heads[0], strict=False)
-    batch = read_batch(cache, rows, SETTINGS.windows(), 96)
+    batch = read_batch(cache, rows, SETTINGS.windows(), 128)
     with torch.no_grad():
         prediction = own(batch.image)
     np.testing.assert_allclose(scores.logit, prediction.hypodensity.numpy(), atol=1e-4)
@@ -129,7 +129,7 @@ def test_an_ensemble_draws_where_the_mean_says_so(
     model: MultiTaskSwin, heads: list[dict[str, Tensor]], cache: SliceCache
 ) -> None:
     rows = np.arange(6)
-    batch = read_batch(cache, rows, SETTINGS.windows(), 96)
+    batch = read_batch(cache, rows, SETTINGS.windows(), 128)
     pixels = []
     for state in heads:
         member = build_model(SETTINGS, seed=0).eval()

@@ -68,7 +68,7 @@ def test_weights_with_one_channel_load_as_they_are(tmp_path: Path) -> None:
     theirs, ours = timm_demo(1), MultiTaskSwin(DEMO).eval()
     left = load_pretrained(ours, save_weights(tmp_path / "swin.safetensors", theirs.state_dict()))
     assert left == ["head.fc.bias", "head.fc.weight"]
-    image = torch.rand(2, 1, 96, 96)
+    image = torch.rand(2, 1, 128, 128)
     torch.testing.assert_close(
         ours.pool(ours.encode(image)), theirs.forward_head(theirs.forward_features(as_timm_sees(image)), True)
     )
@@ -78,8 +78,8 @@ def test_weights_with_one_channel_load_as_they_are(tmp_path: Path) -> None:
 def test_weights_with_three_channels_see_a_grey_slice_as_a_grey_picture(tmp_path: Path) -> None:
     theirs, ours = timm_demo(3), MultiTaskSwin(DEMO).eval()
     load_pretrained(ours, save_weights(tmp_path / "swin.safetensors", theirs.state_dict()))
-    image = torch.rand(2, 1, 96, 96)
-    grey = as_timm_sees(image).expand(2, 3, 96, 96)
+    image = torch.rand(2, 1, 128, 128)
+    grey = as_timm_sees(image).expand(2, 3, 128, 128)
     torch.testing.assert_close(
         ours.pool(ours.encode(image)), theirs.forward_head(theirs.forward_features(grey), True), rtol=1e-4, atol=1e-5
     )
@@ -149,9 +149,9 @@ def test_output_shapes(variant: str, windows: int) -> None:
 def test_every_parameter_learns() -> None:
     torch.manual_seed(0)
     model = MultiTaskSwin(DEMO).train()
-    mask = torch.zeros(2, 96, 96)
+    mask = torch.zeros(2, 128, 128)
     mask[:, 20:50, 30:60] = 1
-    batch = Batch(torch.rand(2, 1, 96, 96), torch.tensor([1.0, 0.0]), mask, torch.tensor([True, True]))
+    batch = Batch(torch.rand(2, 1, 128, 128), torch.tensor([1.0, 0.0]), mask, torch.tensor([True, True]))
     TaskBalance(LossSettings()).total(slice_losses(model(batch.image), batch)).backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
     assert idle == []
@@ -162,9 +162,9 @@ def test_every_parameter_learns() -> None:
     [
         ("default", 1, {"encoder": 20_410_314, "cls": 2305, "seg": 6_754_747, "rec": 6_754_747}),
         ("tiny", 1, {"encoder": 27_516_282, "cls": 2305, "seg": 6_754_747, "rec": 6_754_747}),
-        ("demo", 1, {"encoder": 575_038, "cls": 385, "seg": 125_088, "rec": 125_088}),
+        ("demo", 1, {"encoder": 576_878, "cls": 385, "seg": 125_816, "rec": 125_816}),
         # A second window: 16 x 4 x 4 weights more in the embedding, 16 weights and a bias more in the output.
-        ("demo", 2, {"encoder": 575_294, "cls": 385, "seg": 125_088, "rec": 125_105}),
+        ("demo", 2, {"encoder": 577_134, "cls": 385, "seg": 125_816, "rec": 125_833}),
     ],
 )
 def test_sizes_and_groups(variant: str, windows: int, expected: dict[str, int]) -> None:
@@ -180,7 +180,7 @@ def test_sizes_and_groups(variant: str, windows: int, expected: dict[str, int]) 
 @torch.no_grad()
 def test_a_slice_is_predicted_alone() -> None:
     model = MultiTaskSwin(DEMO).eval()
-    image = torch.rand(3, 1, 96, 96)
+    image = torch.rand(3, 1, 128, 128)
     together, alone = model(image), model(image[1:2])
     torch.testing.assert_close(together.hypodensity[1:2], alone.hypodensity, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.hematoma[1:2], alone.hematoma, rtol=1e-4, atol=1e-5)
@@ -195,7 +195,7 @@ def test_precision_can_be_forced(precision: str, dtype: torch.dtype) -> None:
 
 def test_a_decoder_that_is_not_asked_for_is_not_computed() -> None:
     model = MultiTaskSwin(VARIANTS["demo"]).eval()
-    image = torch.rand(1, 1, 96, 96)
+    image = torch.rand(1, 1, 128, 128)
     whole, alone = model(image), model(image, segment=False, reconstruct=False)
     assert alone.hematoma is None
     assert alone.reconstruction is None
@@ -217,7 +217,7 @@ def test_the_head_normalises_over_the_batch_and_remembers() -> None:
 def test_flat_patches_of_different_brightness_differ_before_training() -> None:
     """The norm after the patch embedding removes a patch's scale; only a bias keeps how bright it is."""
     model = MultiTaskSwin(DEMO).eval()
-    levels = torch.tensor([0.55, 0.75, 0.95])[:, None, None, None].expand(3, 1, 96, 96)
+    levels = torch.tensor([0.55, 0.75, 0.95])[:, None, None, None].expand(3, 1, 128, 128)
     tokens_BYXD = model.encoder.patch_embed((levels - IMAGE_MEAN) / IMAGE_SD)
     assert (tokens_BYXD[0] - tokens_BYXD[1]).abs().mean() > 0.1
     assert (tokens_BYXD[1] - tokens_BYXD[2]).abs().mean() > 0.03

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from shared.config import RunConfig
 from shared.model.scoring import build_model
-from shared.model.swin import load_pretrained
+from shared.model.starting import PARTS, load_starting, read_card
 from simulations.heads import pool
-from simulations.heads.pretrain import Heads, Recipe, load_heads, measure, pretrain, pretrain_encoder
+from simulations.heads.pretrain import Heads, Recipe, load_heads, measure, pretrain, pretrain_model
 
 CONFIG = RunConfig()
 CONFIG = replace(
@@ -42,7 +42,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_shards_become_inputs_of_the_models_size(heads: Heads) -> None:
-    assert heads.inputs.hu.shape == (4 * pool.SLICES, 1, 96, 96)
+    assert heads.inputs.hu.shape == (4 * pool.SLICES, 1, 128, 128)
     assert heads.kinds.shape == (4 * pool.SLICES, 9)
 
 
@@ -74,12 +74,17 @@ def test_it_learns(heads: Heads, tmp_path: Path) -> None:
     assert found["dice"] >= nothing["dice"]
 
 
-def test_the_encoder_is_one_that_a_run_can_begin_with(
+def test_the_model_is_one_that_a_run_can_begin_with(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("simulations.heads.pretrain.draw_pool", lambda *_: [shard, shard])
-    file = pretrain_encoder(tmp_path, "demo", 2, 2, 4, 0, lambda line: None)
+    file = pretrain_model(tmp_path, "demo", 2, 2, 4, 0, lambda line: None)
     model = build_model(CONFIG.model, 1)
-    assert load_pretrained(model, file) == []
+    load_starting(model, file, CONFIG.model)
     stored = load_file(file)
-    assert all(torch.equal(stored[name], value) for name, value in model.encoder.state_dict().items())
+    started = {name: value for name, value in model.state_dict().items() if name.startswith(PARTS)}
+    assert all(torch.equal(stored[name].float(), value) for name, value in started.items())
+    facts = read_card(file).facts
+    assert facts["steps"] == "2"
+    assert 0 <= float(facts["dice"]) <= 1
+    assert "synthetic" in facts["data"]
