@@ -86,6 +86,34 @@ def check_command(site_yaml: SiteFile, workers: Workers = None) -> None:
     raise typer.Exit(0 if result.ready else 1)
 
 
+@app.command("segment")
+def segment_command(
+    folder: Annotated[Path, typer.Argument(help="with DICOM files of head CT, in any order and depth")],
+    out: Annotated[Path, typer.Argument(help="masks, table and page are written here")],
+    model: Annotated[
+        str, typer.Option(help="'small' or 'demo', which come with hemafed, or a file of hemafed-server export")
+    ] = "small",
+    form: Annotated[str, typer.Option(help="npy, seg (DICOM), or both")] = "npy",
+    threshold: Annotated[float, typer.Option(help="least probability of a pixel", min=0.01, max=0.99)] = 0.5,
+    least_mm2: Annotated[float, typer.Option(help="smaller spots of a slice are left away", min=0.0)] = 30.0,
+    workers: Workers = None,
+) -> None:
+    """Mark hematomas in a folder of head CT: masks on the images' own pixels, a table and a page. Not for diagnosis."""
+    from client.segment.command import segment_to_files  # torch is slow to load, and only this command needs it
+
+    silence_readers()
+    try:
+        with private_files(), Bars("segment") as bars:
+            result = segment_to_files(folder, out, model, form, threshold, least_mm2, workers, bars.show)
+    except (HemafedError, OSError) as error:
+        fail(error)
+    say(
+        f"{result.slices} slices of {result.series} series: {result.marked} with hematoma, "
+        f"{result.slices - result.marked} with nothing marked{faults_text(result.faults)}"
+    )
+    say(f"see {out / 'segments.html'} and {out / 'segments.csv'}; research use only, not for diagnosis")
+
+
 @app.command("find")
 def find_command(
     site_yaml: SiteFile, codes: Annotated[list[str], typer.Argument(help="as a report names a file, series or patient")]

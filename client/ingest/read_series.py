@@ -81,6 +81,7 @@ class CachedSeries:
       masks: uint8 (N, 224, 224).
       counts: int64 (BINS,), values of the series as read, see client/dicom/hounsfield.py.
       tallies: the account of each of its mask files; () where the series was left out.
+      centre_mm: the patient's x and y in the middle of the pictures.
     """
 
     series: str
@@ -92,6 +93,7 @@ class CachedSeries:
     masks: NDArray[np.uint8] = field(repr=False, compare=False)
     counts: NDArray[np.int64] = field(repr=False, compare=False)
     tallies: tuple[Tally, ...] = ()
+    centre_mm: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def empty(cls, series: str, patient: str, faults: tuple[Fault, ...]) -> CachedSeries:
@@ -166,6 +168,7 @@ def _read_part(job: SeriesJob) -> CachedSeries:
         masks=np.array([masks[n] for n in good], np.uint8).reshape(shape),
         counts=sum(counts.values(), np.zeros(BINS, np.int64)),
         tallies=_accounts(found, {row.image for row in rows}),
+        centre_mm=centre_mm,
     )
 
 

@@ -133,6 +133,30 @@ def resample(pixels_YX: NDArray, image: CtSlice, centre_mm: tuple[float, float],
     return np.asarray(picture.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR, box=box))
 
 
+def restore(values_YX: NDArray[np.float32], image: CtSlice, centre_mm: tuple[float, float]) -> NDArray[np.float32]:
+    """Values on the cache's grid back on an image's own pixels: the inverse of resample, linear between pixels.
+
+    Args:
+      values_YX: float32 (224, 224).
+      image: gives the spacing, position and direction of rows and columns, and how many there are.
+      centre_mm: as resample was given.
+    Returns:
+      float32 (rows, columns) as stored; 0 outside of the cache's grid.
+    """
+    grid = upright_grid(image)
+    shape = image.shape[::-1] if grid.transposed else image.shape
+    steps = [spacing / PIXEL_MM for spacing in grid.spacing_mm]
+    # The middle of pixel n lies (n + .5) spacings from the corner, that of the grid's pixel i at offset - half a side + i + .5.
+    starts = [
+        0.5 * step + SIDE_PX / 2 - offset / PIXEL_MM - 0.5
+        for step, offset in zip(steps, grid.offset_mm(centre_mm), strict=True)
+    ]
+    upright_YX = ndimage.affine_transform(values_YX, steps, starts, shape, np.float32, order=1, mode="constant")
+    stored_YX = upright_YX[:, ::-1] if grid.flip_columns else upright_YX
+    stored_YX = stored_YX[::-1] if grid.flip_rows else stored_YX
+    return np.ascontiguousarray(stored_YX.T if grid.transposed else stored_YX)
+
+
 def touches_edge(hu_YX: NDArray[np.int16]) -> bool:
     """Whether tissue reaches the edge of the field, so that part of the head may be missing."""
     return edge_share(hu_YX) > 0.02

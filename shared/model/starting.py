@@ -141,6 +141,18 @@ def load_tensors(model: MultiTaskSwin, path: Path, parts: tuple[str, ...]) -> No
     model.load_state_dict(tensors, strict=False)
 
 
+def read_model(path: Path) -> tuple[MultiTaskSwin, Card]:
+    """A file's whole model, ready to answer.
+
+    Raises:
+      StartingModelError: the file is missing or damaged, or lacks a part.
+    """
+    card = read_card(path)
+    model = MultiTaskSwin(VARIANTS[card.settings.variant], in_channels=len(card.settings.windows()))
+    load_tensors(model, path, ("",))
+    return model.eval(), card
+
+
 def write_model(path: Path, model: MultiTaskSwin, settings: ModelSettings, facts: Mapping[str, object]) -> None:
     """Write a model file: every tensor as fp16, and its card.
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 from client.dicom.headers import CtSlice, read_images
 from client.dicom.pixels import AIR_HU, clamp_hu, read_hu
 from client.dicom.pseudonyms import Pseudonyms
-from client.ingest.resample import head_centre, resample, touches_edge
+from client.ingest.resample import head_centre, resample, restore, touches_edge
 from shared.slices import SIDE_PX
 from tests.conftest import SmallHospitals
 from tests.support.dicom_files import write_ct
@@ -189,3 +189,31 @@ def test_masks_of_simulated_series_lie_on_the_clot(hospitals: SmallHospitals) ->
             ring_YX = ndimage.binary_dilation(mask_YX, iterations=6) & ~ndimage.binary_dilation(mask_YX, iterations=2)
             soft_YX = ring_YX & (np.abs(cache.hu[row] - 40) < 60)
             assert cache.hu[row][mask_YX].mean() > cache.hu[row][soft_YX].mean() + 5
+
+
+TURNS = {
+    "as usual": ((1, 0, 0), (0, 1, 0)),
+    "prone": ((-1, 0, 0), (0, -1, 0)),
+    "from the head": ((-1, 0, 0), (0, 1, 0)),
+    "on the side": ((0, 1, 0), (1, 0, 0)),
+    "on the other side": ((0, -1, 0), (1, 0, 0)),
+    "tilted": ((1, 0, 0), (0, 0.9063, 0.4226)),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize(("spacing", "shape"), [((0.45, 0.45), (512, 512)), ((0.5, 0.9), (400, 240))])
+def test_what_is_found_on_the_grid_goes_back_to_its_pixels(
+    tmp_path: Path, turn: str, spacing: tuple, shape: tuple
+) -> None:
+    row, column = TURNS[turn]
+    off_centre = (shape[0] * spacing[0] / 2 + 9, shape[1] * spacing[1] / 2 - 13)
+    image, hu_YX = image_of(tmp_path / "a", disc(spacing, shape, off_centre), spacing=spacing, row=row, column=column)
+    centre_mm = head_centre([(image, hu_YX)])
+    spot_YX = hu_YX == 500
+    back_YX = restore(resample(spot_YX, image, centre_mm, fill=0), image, centre_mm) > 0.5
+    assert back_YX.shape == spot_YX.shape
+    overlap = 2 * (back_YX & spot_YX).sum() / (back_YX.sum() + spot_YX.sum())
+    assert overlap > 0.95
+    apart = np.subtract(ndimage.center_of_mass(back_YX), ndimage.center_of_mass(spot_YX)) * spacing
+    assert np.abs(apart).max() < 0.1
