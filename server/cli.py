@@ -225,6 +225,21 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder, such as run
         fail(error)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run's folder, such as runs/latest")],
+    file: Annotated[Path, typer.Argument(help="model file to write, NAME.safetensors")],
+) -> None:
+    """Write a run's final model as one file, which `hemafed-client segment` takes."""
+    from server.evaluation.export import export_model  # torch is slow to load
+
+    try:
+        export_model(run, file)
+    except (HemafedError, OSError) as error:
+        fail(error)
+    say(f"wrote {file}; research use only, not for diagnosis")
+
+
 def main() -> None:
     """Entry point."""
     app()

@@ -155,9 +155,12 @@ def read_images(path: Path, pseudonyms: Pseudonyms, accept_lossy: bool = False, 
 
 
 def images_of(
-    file: DicomFile, path: Path, pseudonyms: Pseudonyms, accept_lossy: bool, code: str
+    file: DicomFile, path: Path, pseudonyms: Pseudonyms, accept_lossy: bool, code: str, nameless: bool = False
 ) -> tuple[CtSlice, ...]:
-    """read_images for a file that is open already."""
+    """read_images for a file that is open already.
+
+    With `nameless`, a file that does not say whose it is stands for itself, as its own patient, study and series.
+    """
     ds = file.ds
     try:
         # Some public sets (RSNA) lost the element; the file's meta group has it too (PS3.10 7.1).
@@ -168,8 +171,12 @@ def images_of(
         groups = [ds] if sop_class == CTImageStorage else _frames(ds)
         lossy = check_syntax(ds, accept_lossy)
         stored = storage(ds, len(groups)) | {"lossy": lossy, "file": code}
+        names = {name: identifier(ds, name) or (code if nameless else "") for name in _NAMES}
+        _check_names(names)
         check_pixels(file, path, stored)
-        return tuple(_slice(file, path, number, group, pseudonyms, stored) for number, group in enumerate(groups))
+        return tuple(
+            _slice(file, path, number, group, pseudonyms, stored, names) for number, group in enumerate(groups)
+        )
     except DicomError:
         raise
     except Exception as error:  # pydicom decodes when asked, and fails in many ways
@@ -214,12 +221,16 @@ def _check_names(names: Mapping[str, str]) -> None:
 
 
 def _slice(
-    file: DicomFile, path: Path, number: int, group: pydicom.Dataset, pseudonyms: Pseudonyms, stored: Mapping[str, Any]
+    file: DicomFile,
+    path: Path,
+    number: int,
+    group: pydicom.Dataset,
+    pseudonyms: Pseudonyms,
+    stored: Mapping[str, Any],
+    names: Mapping[str, str],
 ) -> CtSlice:
     """One image; `group` is the file's dataset or what a multi-frame image says of this frame."""
     ds = file.ds
-    names = {name: identifier(ds, name) for name in _NAMES}
-    _check_names(names)
     if text(group, "RescaleType").upper() not in ("", "HU", "US"):
         raise DicomError(f"RescaleType {word(text(group, 'RescaleType'))}, expected HU")
     along = numbers(group, "ImageOrientationPatient", 6)

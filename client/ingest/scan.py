@@ -180,7 +180,25 @@ def scan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     keep: Callable[[list[tuple[FoundFile, FileRecord]]], None] = lambda pairs: None,
 ) -> Scan:
-    """Find out what every file is.
+    """Find out what every file is, and take each image once.
+
+    Args as read_records takes them.
+    """
+    pairs = read_records(site, pseudonyms, files, known, crew, progress, keep)
+    return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
+
+
+def read_records(
+    site: Site,
+    pseudonyms: Pseudonyms,
+    files: list[FoundFile],
+    known: Mapping[str, tuple[str, FileRecord]],
+    crew: WorkerPool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    keep: Callable[[list[tuple[FoundFile, FileRecord]]], None] = lambda pairs: None,
+    nameless: bool = False,
+) -> list[tuple[FoundFile, FileRecord]]:
+    """Every file with its record.
 
     Args:
       site: whose folders were walked.
@@ -190,12 +208,14 @@ def scan(
       crew: processes that read.
       progress: called with files read and files to read.
       keep: given the new records as they come, for an ingest that may be stopped.
+      nameless: whether images pass that do not say whose they are.
     """
+    reading = _Reading(pseudonyms, site.accept_lossy, nameless)
     fresh = [f for f in files if not f.refused and known.get(f.code, ("",))[0] != f.stamp]
-    chunks = [(fresh[i : i + _CHUNK], pseudonyms, site.accept_lossy) for i in range(0, len(fresh), _CHUNK)]
+    chunks = [(fresh[i : i + _CHUNK], reading) for i in range(0, len(fresh), _CHUNK)]
     records: dict[str, FileRecord] = {}
-    for (chunk, *_), result in crew.run(_scan_chunk, chunks):
-        read = result if isinstance(result, list) else _one_by_one(crew, chunk, pseudonyms, site.accept_lossy)
+    for (chunk, _), result in crew.run(_scan_chunk, chunks):
+        read = result if isinstance(result, list) else _one_by_one(crew, chunk, reading)
         records.update({f.code: record for f, record in zip(chunk, read, strict=True)})
         keep(list(zip(chunk, read, strict=True)))
         progress(len(records), len(fresh))
@@ -207,25 +227,32 @@ def scan(
             else records.get(f.code) or _placed(known[f.code][1], f.path)
         )
         pairs.append((f, record))
-    return _sort_out(pairs, mixed=site.masks is None or site.masks.is_relative_to(site.images), masks=site.masks)
+    return pairs
 
 
-def _scan_chunk(job: tuple[list[FoundFile], Pseudonyms, bool]) -> list[FileRecord]:
+@dataclass(frozen=True)
+class _Reading:
+    """How files are read; goes to the workers."""
+
+    pseudonyms: Pseudonyms
+    accept_lossy: bool
+    nameless: bool
+
+
+def _scan_chunk(job: tuple[list[FoundFile], _Reading]) -> list[FileRecord]:
     """Records of some files; runs in a worker."""
-    files, pseudonyms, accept_lossy = job
-    return [scan_file(f, pseudonyms, accept_lossy) for f in files]
+    files, how = job
+    return [scan_file(f, how.pseudonyms, how.accept_lossy, how.nameless) for f in files]
 
 
-def _one_by_one(
-    crew: WorkerPool, chunk: list[FoundFile], pseudonyms: Pseudonyms, accept_lossy: bool
-) -> list[FileRecord]:
+def _one_by_one(crew: WorkerPool, chunk: list[FoundFile], reading: _Reading) -> list[FileRecord]:
     """Records of files one of which ended its reader."""
-    jobs = [([f], pseudonyms, accept_lossy) for f in chunk]
+    jobs = [([f], reading) for f in chunk]
     results = [result for _, result in crew.run(_scan_chunk, jobs)]
     return [r[0] if isinstance(r, list) else FileRecord(fault=ENDED_ITS_READER) for r in results]
 
 
-def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool) -> FileRecord:
+def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool, nameless: bool = False) -> FileRecord:
     """Find out what one file is."""
     try:
         with open(found.path, "rb") as file:
@@ -241,7 +268,7 @@ def scan_file(found: FoundFile, pseudonyms: Pseudonyms, accept_lossy: bool) -> F
         dicom = read_dicom(found.path)
         if is_mask(dicom) or found.place == "masks":
             return FileRecord(mask=dicom_mask(dicom, found.path, pseudonyms, found.code))
-        return FileRecord(images=images_of(dicom, found.path, pseudonyms, accept_lossy, found.code))
+        return FileRecord(images=images_of(dicom, found.path, pseudonyms, accept_lossy, found.code, nameless))
     except DicomError as error:
         return FileRecord(fault=str(error), kind=error.kind)
     except OSError as error:

@@ -10,7 +10,7 @@ Shape suffixes: N slice, C window, Y row, X column.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,10 @@ from torch.nn import functional
 from client.check.check import pseudonyms_of
 from client.dicom.faults import Fault
 from client.dicom.headers import CtSlice
-from client.dicom.pseudonyms import Pseudonyms
 from client.dicom.series import CtSeries, build_series
 from client.ingest.read_series import CachedSeries, SeriesJob
 from client.ingest.resample import restore
-from client.ingest.resent import without_copies
-from client.ingest.scan import scan, walk
+from client.ingest.scan import FileRecord, FoundFile, read_records, walk
 from client.ingest.survey import read_parts
 from client.ingest.workers import WorkerPool
 from shared.config import ModelSettings
@@ -131,25 +129,33 @@ def segment_folder(
     device = best_device()
     model.to(device).eval()
     with WorkerPool(workers) as crew:
-        found = scan(site, pseudonyms, walk(site, pseudonyms), {}, crew, lambda *count: progress("headers", *count))
-        images, copies = without_copies(found.images, crew)
-        whole, refused, faults = build_series(images)
-        yield from (*found.faults, *copies, *faults)
-        jobs = [_job(series, pseudonyms) for series in (*whole, *_singles(refused))]
+        files = walk(site, pseudonyms)
+        pairs = read_records(
+            site, pseudonyms, files, {}, crew, lambda *count: progress("headers", *count), nameless=True
+        )
+        yield from (_fault(file, record) for file, record in pairs if not record.images)
+        series = _series([image for _, record in pairs for image in record.images])
+        jobs = [SeriesJob(one, (), pseudonyms, ()) for one in series]
         for done, (job, part) in enumerate(zip(jobs, read_parts(jobs, crew), strict=True), start=1):
             yield _segment_series(job.series, part, model, settings, choices, device)
             progress("series", done, len(jobs))
 
 
-def _singles(refused: list[CtSeries]) -> Iterator[CtSeries]:
-    """The images of series that do not hold together, each as a series of its own."""
-    for series in refused:
-        for number, image in enumerate(series.slices):
-            yield CtSeries(f"{series.name}.{number}", (image,))
+def _fault(file: FoundFile, record: FileRecord) -> Fault:
+    """Why a file holds nothing to segment."""
+    return Fault(f"file {file.code}", record.fault or "a mask, expected a CT image", record.kind)
 
 
-def _job(series: CtSeries, pseudonyms: Pseudonyms) -> SeriesJob:
-    return SeriesJob(series, (), pseudonyms, ())
+def _series(images: list[CtSlice]) -> list[CtSeries]:
+    """Series of images; those that hold together with no others are a series of one each.
+
+    An image is its file and frame here, whatever its header calls it: nothing that can be read is left out.
+    """
+    own = [replace(image, image=f"{image.file}.{image.frame}") for image in images]
+    whole, _, _ = build_series(own)
+    taken = {image.image for series in whole for image in series.slices}
+    rest = [image for image in own if image.image not in taken]
+    return [*whole, *(CtSeries(f"{image.series}.{number}", (image,)) for number, image in enumerate(rest, start=1))]
 
 
 def _segment_series(

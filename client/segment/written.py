@@ -104,8 +104,11 @@ def _header(path: Path, name: str) -> Dataset:
     for keyword in _TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "" if keyword != "PatientName" else None)
-    if "FrameOfReferenceUID" not in header:
-        header.FrameOfReferenceUID = generate_uid(_PREFIX, ["frame", name])
+    if not header.get("SpecificCharacterSet"):  # present and empty is nothing to highdicom
+        header.pop("SpecificCharacterSet", None)
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
+        if not header.get(keyword):
+            setattr(header, keyword, generate_uid(_PREFIX, [keyword, name]))
     return header
 
 

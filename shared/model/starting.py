@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -153,17 +154,24 @@ def read_model(path: Path) -> tuple[MultiTaskSwin, Card]:
     return model.eval(), card
 
 
-def write_model(path: Path, model: MultiTaskSwin, settings: ModelSettings, facts: Mapping[str, object]) -> None:
-    """Write a model file: every tensor as fp16, and its card.
+def write_model(
+    path: Path,
+    model: MultiTaskSwin,
+    settings: ModelSettings,
+    facts: Mapping[str, object],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write a model file: every tensor, and its card.
 
     Args:
       path: of the file; replaced in one step.
       model, settings: what is written.
       facts: the rest of the card.
+      dtype: of the tensors.
     """
     own = {"variant": settings.variant, "windows_hu": settings.windows_hu}
     card = own | {name: str(value) for name, value in facts.items()}
-    tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata=card)
     partial.replace(path)

@@ -179,3 +179,16 @@ def test_small_spots_are_left_away_and_large_ones_stay() -> None:
     assert kept.sum() == 26
     assert not kept[:5, :5].any()
     assert not without_spots(np.zeros((4, 4), bool), 1).any()
+
+
+def test_images_that_do_not_say_whose_they_are_are_segmented_all_the_same(
+    tmp_path: Path, bright: None, model: Path
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_ct(folder / "a", spotted(), spacing=(0.8, 0.8), patient="")
+    write_ct(folder / "b", spotted(75), spacing=(0.8, 0.8), StudyInstanceUID=None, FrameOfReferenceUID=None)
+    write_ct(folder / "c", spotted(80), spacing=(0.8, 0.8), AccessionNumber=None, StudyID=None, PatientBirthDate=None)
+    result = run(folder, out, model, "--form", "both")
+    assert "left out" not in result.output
+    assert all(np.load(out / "masks" / f"{name}.npy").any() for name in "abc")
+    assert len(list((out / "seg").iterdir())) == 3
