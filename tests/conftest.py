@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from shared.site import Site, read_site
 from shared.slices import SliceCache, read_cache
 from simulations.phantom.hospitals import HOSPITALS
 from simulations.phantom.write_hospitals import write_hospitals
+from tests.support.cohorts import bleeding
 
 torch.set_num_threads(1)
 os.environ.pop("FORCE_COLOR", None)  # commands' words are compared without colours
@@ -70,7 +71,7 @@ class SmallHospitals:
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> SmallHospitals:
     """Not to be changed by a test; take `copied_hospitals` for that."""
     root = tmp_path_factory.mktemp("hospitals")
-    chosen = tuple(replace(HOSPITALS[i], patients=PATIENTS, slices=SLICES) for i in (0, 1, 4))
+    chosen = tuple(bleeding(HOSPITALS[i], PATIENTS, SLICES) for i in (0, 1, 4))
     files = write_hospitals(root, seed=1, hospitals=chosen)
     for file in files:
         edit_site(file, policy={"release": ["encoder", "cls", "seg", "rec"], "metrics": True, "min_patients": 1})

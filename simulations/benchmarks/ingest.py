@@ -31,7 +31,7 @@ from client.ingest.ingest import ingest
 from shared.site import Site, read_site
 from simulations.phantom.dicom_export import ct_image
 from simulations.phantom.hospitals import HOSPITALS
-from simulations.phantom.patient import sample_patient
+from simulations.phantom.patient import sample_case
 from simulations.phantom.render import render_slice
 
 SLICES = 30
@@ -43,8 +43,8 @@ def write_series(folder: Path, name: str, patients: int) -> Site:
     """A hospital of equal heads: one is rendered and written under many identifiers."""
     hospital = replace(HOSPITALS[0], slices=SLICES, transfer_syntax=SYNTAXES[name])
     rng = np.random.default_rng(0)
-    patient = sample_patient(rng, hospital.cohort)
-    heights = [patient.lesion_centre_mm[2] + 4 * (index - SLICES / 2) for index in range(SLICES)]
+    patient = sample_case(rng, hospital.cohort).patient
+    heights = [6.0 + 4 * (index - SLICES / 2) for index in range(SLICES)]
     rendered = [render_slice(patient, hospital.scanner, z_mm, rng) for z_mm in heights]
     first = [ct_image(hospital, 0, 0, index, heights[index], rendered[index]) for index in range(SLICES)]
     for number in range(patients):
@@ -112,8 +112,7 @@ def time_unchanged(folder: Path, files: int) -> tuple[float, float]:
     """Seconds of a second ingest of small images that have not changed: the function, and the command as a whole."""
     hospital = replace(HOSPITALS[0], slices=SLICES)
     rng = np.random.default_rng(0)
-    patient = sample_patient(rng, hospital.cohort)
-    rendered = render_slice(patient, hospital.scanner, patient.lesion_centre_mm[2], rng)
+    rendered = render_slice(sample_case(rng, hospital.cohort).patient, hospital.scanner, 6.0, rng)
     small = replace(rendered, hu_YX=rendered.hu_YX[::8, ::8], hematoma_YX=rendered.hematoma_YX[::8, ::8])
     ds = ct_image(hospital, 0, 0, 0, 0.0, small)
     for number in range(files):

@@ -160,3 +160,14 @@ def _membranes(head: Head, hu: Tensor, points: Tensor, depth: Tensor, outer: Ten
     carotid = soft(2.2 - torch.hypot(x.abs() - 12, y - 2), 0.6) * soft(-12 - z, 1) * soft(z + 24, 1)
     artery = torch.maximum(torch.maximum(middle, basilar), carotid)
     return hu + artery * (head.vessels - 4 + head.contrast - hu)
+
+
+def to_scanner(head: Head, place: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The inverse of to_template for one place, without the warp: x, y, z in the scanner, mm."""
+    nod, lean, turn = head.turn
+    right, front, up = (p - c for p, c in zip(place, CENTRE_MM, strict=True))
+    x, y, z = -right * head.scale[0], -front * head.scale[1], up * head.scale[2]
+    x, z = math.cos(lean) * x - math.sin(lean) * z, math.sin(lean) * x + math.cos(lean) * z
+    y, z = math.cos(nod) * y - math.sin(nod) * z, math.sin(nod) * y + math.cos(nod) * z
+    x, y = math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y
+    return x + head.shift_mm[0], y + head.shift_mm[1], z

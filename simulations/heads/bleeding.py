@@ -178,7 +178,7 @@ def _clot(
         for blob in sign.blobs:
             drop = torch.maximum(drop, soft(_blob_mm(blob, own, size), 0.9))
         if sign.name == "hypodensity":
-            drop = drop * soft(inside_mm - 2.5)
+            drop = drop * soft(inside_mm - 2.5) * soft(plane.depth - 3.0)
             dark = drop
     elif sign.name == "blend":
         drop = soft((own[..., 0] * sign.plane[0] + own[..., 1] * sign.plane[1] - 0.1) * size)

@@ -69,7 +69,7 @@ class Head:
 
 def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0, contrast: float = 0.0) -> Head:
     """Draw a head; age from 0 (young) over 1 (middle) to 2 (old) widens ventricles and sulci."""
-    size = rng.normal(1.0, 0.03)
+    size = rng.normal(0.98, 0.03)  # the template is larger than most
     scale = tuple(float(size * s) for s in rng.normal(1.0, 0.035, 3))
     calcium = []
     if rng.random() < 0.45:
@@ -110,14 +110,14 @@ def sample_head(rng: np.random.Generator, age: float, pose_degree: float = 4.0, 
         warp_mm=float(rng.uniform(1.5, 4.0)),
         ventricles_mm=float(np.clip(rng.normal(2.2 * age - 1.6, 1.0), -2.0, 7.0)),
         sulci=float(np.clip(rng.normal(0.7 * (age - 1), 0.35), -1, 1.3)),
-        skull_mm=float(rng.uniform(4.5, 8.5)),
+        skull_mm=float(rng.uniform(4.0, 7.8)),
         scalp_mm=float(rng.uniform(3.5, 7.5)),
         outer=random_field(rng, 35.0, 4),
         texture=random_field(rng, 7.0, 2),
-        grey=float(rng.uniform(34, 40)),
-        white=float(rng.uniform(26, 30)),
+        grey=float(rng.uniform(35.5, 40.5)),
+        white=float(rng.uniform(25.5, 29.5)),
         csf=float(rng.uniform(2, 9)),
-        table=float(rng.uniform(1300, 1850)),
+        table=float(rng.uniform(1500, 2000)),
         diploe=float(rng.uniform(450, 850)),
         rarefaction=float(max(0.0, rng.normal(5 * (age - 0.8), 3))),
         falx=float(rng.uniform(42, 62)),

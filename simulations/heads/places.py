@@ -22,7 +22,7 @@ def sample_bleeding(rng: np.random.Generator, kind: str, radius_mm: float = 17.0
         centre=tuple(float(c) for c in centre),
         radii=tuple(float(r) for r in radii),
         turn=float(rng.uniform(0, 2 * np.pi)),
-        hu=float(rng.uniform(56, 72) if kind != "subarachnoid" else rng.uniform(42, 66)),
+        hu=float(rng.uniform(52, 69) if kind != "subarachnoid" else rng.uniform(42, 66)),
         rough=float(rng.uniform(0.08, 0.42) if kind != "contusion" else rng.uniform(0.3, 0.6)),
         edema_mm=float(rng.uniform(0, 8)),
         edema_hu=float(rng.uniform(17, 25)),

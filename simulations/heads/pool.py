@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from client.dicom.pixels import AIR_HU, clamp_hu
 from client.ingest.resample import head_centre, resample
 from simulations.heads.bleeding import INTRACEREBRAL, Bleeding
-from simulations.heads.scan import Patient, Scanned, sample_patient, sample_scanner, scan_slice
+from simulations.heads.scan import Patient, Scanned, sample_patient, sample_scan, scan_slice
 from simulations.heads.template import load_template
+from simulations.heads.workers import drawing_pool
 from simulations.phantom.draw_caches import ct_slice
 
-DRAWING = 2  # raised with every change of a drawn slice
+DRAWING = 3  # raised with every change of a drawn slice
 PATIENTS, SLICES = 32, 8  # of a shard, and of a patient
 _LOWEST_MM, _HIGHEST_MM = -56.0, 68.0  # of slices, from the centre of the head
 _NECK_MM, _NECK_SHARE = -190.0, 0.2  # lowest slice where the neck is scanned too, and how often it is
@@ -55,15 +53,11 @@ def draw_pool(
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{DRAWING}-{seed}-{number:05d}.npz" for number in range(shards)]
     missing = [(file, number) for number, file in enumerate(files) if not file.is_file()]
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver"), initializer=_one_thread) as pool:
+    with drawing_pool(workers) as pool:
         jobs = pool.map(partial(_write_shard, seed), *zip(*missing, strict=True)) if missing else ()
         for done, _ in enumerate(jobs, start=1):
             progress(shards - len(missing) + done, shards)
     return files
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _write_shard(seed: int, file: Path, number: int) -> None:
@@ -79,11 +73,10 @@ def _write_shard(seed: int, file: Path, number: int) -> None:
 
 def draw_patient(rng: np.random.Generator) -> Shard:
     """One patient's slices: hu, mask and kind (SLICES, 224, 224)."""
-    patient = sample_patient(rng)
-    scanner, artefacts = sample_scanner(rng)
+    patient, scanner = sample_scan(rng, sample_patient(rng))
     template = load_template()
     heights = sorted(_heights(rng, patient))
-    scanned = [scan_slice(patient, template, scanner, artefacts, z, rng) for z in heights]
+    scanned = [scan_slice(patient, template, scanner, z, rng) for z in heights]
     images = [ct_slice(scanner, z) for z in heights]
     stored = [np.float32(clamp_hu(one.hu_YX)) for one in scanned]
     centre_mm = head_centre(list(zip(images, stored, strict=True)))

@@ -7,7 +7,7 @@ back, z up. Shape suffixes: Y row, X column.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,16 +20,16 @@ from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displ
 from simulations.heads.fields import bump, soft
 from simulations.heads.head import Head, sample_head
 from simulations.heads.places import sample_bleeding
+from simulations.heads.scanner import MATRIX, RESTS, Scanner, blur_and_noise
 from simulations.heads.skull import AIR, skin_depth
 from simulations.heads.template import Template, sample
-from simulations.phantom.render import MATRIX, Scanner, blur_and_noise
 
 _DRAWN = 256  # pixels of a drawn plane's side: every scanner's blur is wider than a drawn pixel
-_PLANES = (-0.5 / 3**0.5, 0.5 / 3**0.5)  # of a slice, in thicknesses: Gauss-Legendre of order 2
+# Two planes have the mean and the spread of a slice's profile: distance from its middle in thicknesses.
+_BOX, _TRIANGLE = 12**-0.5, 6**-0.5
 _THIN_MM = 2.0  # one plane is enough up to here
 _CELL, _MARGIN_MM = 8, 6.0  # how finely, and how far around, the patient is looked for in a plane
 _FAR_MM = -50.0  # below the skin, where nobody is
-RESTS = ("none", "shell", "cushion", "table")
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,12 @@ class Patient:
     Attributes:
       head: without bleeding.
       bleedings: none in a healthy one.
-    """
-
-    head: Head
-    bleedings: tuple[Bleeding, ...] = ()
-
-
-@dataclass(frozen=True)
-class Artefacts:
-    """What the scanner adds besides blur and noise.
-
-    Attributes:
-      rest: one of RESTS, and rest_hu its value.
-      petrous_hu: depth of the dark band between the petrous bones.
       streaks: (x, y, HU) of dense things outside of our model from which streaks go out.
       motion: rotation in radian between two halves of a turn; 0 for none.
     """
 
-    rest: str = "shell"
-    rest_hu: float = 150.0
-    petrous_hu: float = 0.0
+    head: Head
+    bleedings: tuple[Bleeding, ...] = ()
     streaks: tuple[tuple[float, float, float], ...] = ()
     motion: float = 0.0
 
@@ -81,13 +67,13 @@ class Scanned:
 
 
 def scan_slice(
-    patient: Patient, template: Template, scanner: Scanner, artefacts: Artefacts, z_mm: float, rng: np.random.Generator
+    patient: Patient, template: Template, scanner: Scanner, z_mm: float, rng: np.random.Generator
 ) -> Scanned:
     """One slice at height z of the scanner's table.
 
     Args:
       patient, template: who lies there.
-      scanner, artefacts: what looks.
+      scanner: what looks.
       z_mm: position of the slice's centre.
       rng: the slice's noise.
     """
@@ -96,15 +82,22 @@ def scan_slice(
     x, y = centres[None, :].expand(_DRAWN, _DRAWN), centres[:, None].expand(_DRAWN, _DRAWN)
     z = z_mm + math.tan(math.radians(scanner.tilt_degree)) * y
     box = _box(patient, template, x, y, z)
-    shares = _PLANES if scanner.thickness_mm > _THIN_MM else (0.0,)
-    planes = [_plane(patient, template, x[box], y[box], z[box] + share * scanner.thickness_mm) for share in shares]
+    away = _TRIANGLE if scanner.helical else _BOX
+    shares = (-away, away) if scanner.thickness_mm > _THIN_MM else (0.0,)
+    planes = [
+        _plane(patient, template, scanner, x[box], y[box], z[box] + share * scanner.thickness_mm) for share in shares
+    ]
     hu = torch.full_like(x, AIR)
-    hu[box] = sum(_hardened(plane, bled, scanner, artefacts) for plane, bled in planes) / len(planes)
+    hu[box] = sum(_hardened(plane, bled, scanner) for plane, bled in planes) / len(planes)
     hu = hu + scanner.offset_hu * (hu > -500)
     below_skin = torch.full_like(x, _FAR_MM)
     below_skin[box] = planes[0][0].below_skin
-    hu = _rest(hu, below_skin, artefacts, x, y)
-    hu = _streaks(_moved(hu, artefacts.motion), artefacts, x, y)
+    hu = _rest(hu, below_skin, scanner, x, y)
+    hu = _streaks(_moved(hu, patient.motion), patient, x, y)
+    if scanner.corner_hu:  # lies on the head's rest
+        hu[((x - patient.head.shift_mm[0] - 92).abs() < 5) & ((y - patient.head.shift_mm[1] + 92).abs() < 5)] = (
+            scanner.corner_hu
+        )
 
     hu_YX = blur_and_noise(_fine(hu), scanner, rng)
     if scanner.padding_hu is not None:
@@ -116,6 +109,14 @@ def scan_slice(
         kind_YX = _kinds([bled for _, bled in planes], blood_YX, box)
     area = float((sum(bled.dark for _, bled in planes) / len(planes) > 0.5).sum()) * step**2
     return Scanned(np.rint(hu_YX).clip(-4096, 4095).astype(np.int16), blood_YX, kind_YX, area)
+
+
+def _with_contrast(head: Head, contrast: float) -> Head:
+    """Grey and white matter moved apart, or nearer to each other, about their middle."""
+    if contrast == 1:
+        return head
+    middle = (head.grey + head.white) / 2
+    return replace(head, grey=middle + contrast * (head.grey - middle), white=middle + contrast * (head.white - middle))
 
 
 def _box(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor) -> tuple[slice, slice]:
@@ -151,14 +152,17 @@ def _kinds(planes: list[Bled], blood_YX: NDArray[np.bool_], box: tuple[slice, sl
     return np.where(blood_YX, kind_YX, 0).astype(np.uint8)
 
 
-def _plane(patient: Patient, template: Template, x: Tensor, y: Tensor, z: Tensor) -> tuple[Plane, Bled]:
+def _plane(
+    patient: Patient, template: Template, scanner: Scanner, x: Tensor, y: Tensor, z: Tensor
+) -> tuple[Plane, Bled]:
     """One plane without thickness."""
+    head = _with_contrast(patient.head, scanner.contrast)
     points = to_template(patient.head, x, y, z)
     moved = None
     if patient.bleedings:
         depth = sample(template.distances, points, template.first_distance_mm, 2.0)[0]
         moved = displaced(points, depth, patient.bleedings)
-    plane = draw(patient.head, template, points, moved)
+    plane = draw(head, template, points, moved)
     return plane, bleed(plane, patient.bleedings, y)
 
 
@@ -167,31 +171,33 @@ def _fine(values: Tensor) -> NDArray[np.float32]:
     return functional.interpolate(values[None, None], size=(MATRIX, MATRIX), mode="bilinear")[0, 0].numpy()
 
 
-def _hardened(plane: Plane, bled: Bled, scanner: Scanner, artefacts: Artefacts) -> Tensor:
+def _hardened(plane: Plane, bled: Bled, scanner: Scanner) -> Tensor:
     """HU with cupping below the skull and the dark band between the petrous bones."""
     hu = bled.hu + plane.brain * scanner.cupping_hu * torch.exp(-plane.depth.clamp(min=0) / 9)
-    if artefacts.petrous_hu:
+    if scanner.petrous_hu:
         px, py, pz = plane.points.unbind(-1)
         band = bump(py + 27, 9) * soft(38 - px.abs(), 12) * bump(pz + 38, 11)
-        hu = hu - artefacts.petrous_hu * band * plane.brain * (1 + 0.5 * torch.sin(0.5 * py))
+        hu = hu - scanner.petrous_hu * band * plane.brain * (1 + 0.5 * torch.sin(0.5 * py))
     return hu
 
 
-def _rest(hu: Tensor, below_skin: Tensor, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
+def _rest(hu: Tensor, below_skin: Tensor, scanner: Scanner, x: Tensor, y: Tensor) -> Tensor:
     """What the head lies on."""
+    if not scanner.holder_hu:
+        return hu
     air = soft(-below_skin - 1) * (hu < -500)
     behind = float(y[below_skin > 0].max()) if bool((below_skin > 0).any()) else 90.0
     shell = (torch.hypot(x, (y - (behind - 92)) * 0.97) - 99).abs()
-    if artefacts.rest == "shell":
-        return hu + soft(1.6 - shell, 0.6) * (y > 35) * air * (artefacts.rest_hu + 1000)
-    if artefacts.rest == "cushion":
+    if scanner.rest == "shell":
+        return hu + soft(1.6 - shell, 0.6) * (y > 35) * air * (scanner.holder_hu + 1000)
+    if scanner.rest == "cushion":
         foam = soft(torch.hypot(x, y - (behind - 92)) - 93) * soft(107 - torch.hypot(x, y - (behind - 92))) * (y > 10)
         hu = hu + foam * air * 60
         return hu + soft(1.2 - (torch.hypot(x, y - (behind - 92)) - 108).abs(), 0.6) * (y > 10) * air * (
-            artefacts.rest_hu + 1000
+            scanner.holder_hu + 1000
         )
-    if artefacts.rest == "table":
-        return hu + soft(1.5 - (y - behind - 5).abs(), 0.6) * air * (artefacts.rest_hu + 1000)
+    if scanner.rest == "table":
+        return hu + soft(1.5 - (y - behind - 5).abs(), 0.6) * air * (scanner.holder_hu + 1000)
     return hu
 
 
@@ -207,9 +213,9 @@ def _moved(hu: Tensor, angle: float) -> Tensor:
     return 0.6 * hu + 0.4 * other
 
 
-def _streaks(hu: Tensor, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
+def _streaks(hu: Tensor, patient: Patient, x: Tensor, y: Tensor) -> Tensor:
     """Bright and dark rays from dense things, such as clips, coils and teeth."""
-    for px, py, value in artefacts.streaks:
+    for px, py, value in patient.streaks:
         radius = torch.hypot(x - px, y - py)
         angle = torch.atan2(y - py, x - px)
         rays = torch.cos(7 * angle + px) + torch.cos(12 * angle + py) + 0.7 * torch.cos(23 * angle)
@@ -219,31 +225,32 @@ def _streaks(hu: Tensor, artefacts: Artefacts, x: Tensor, y: Tensor) -> Tensor:
     return hu
 
 
-def sample_scanner(rng: np.random.Generator) -> tuple[Scanner, Artefacts]:
-    """Draw a scanner, wider than real ones differ (domain randomisation; Billot et al. 2023, arXiv:2107.09559)."""
+def sample_scan(rng: np.random.Generator, patient: Patient) -> tuple[Patient, Scanner]:
+    """Draw a scanner, wider than real ones differ (domain randomisation; Billot et al. 2023, arXiv:2107.09559).
+
+    Returns:
+      The patient with what moves or throws streaks, and the scanner.
+    """
     thickness = float(rng.choice([1.5, 2.5, 4.0, 5.0, 5.0, 7.0, 10.0]))
     streaks = ()
     if rng.random() < 0.08:
         streaks = ((float(rng.uniform(-60, 60)), float(rng.uniform(-80, 70)), float(rng.uniform(3, 25))),)
-    return (
-        Scanner(
-            dose=float(np.exp(rng.normal(0, 0.45)) * 5.0 / max(thickness, 2.5) * 0.8),
-            sharpness=float(rng.uniform(-1.4, 1.6)),
-            thickness_mm=thickness,
-            spacing_mm=thickness,
-            offset_hu=float(rng.normal(0, 3)),
-            cupping_hu=float(rng.uniform(0, 12)),
-            field_of_view_mm=float(rng.uniform(205, 260)),
-            tilt_degree=float(rng.choice([0.0, rng.uniform(-24, 6)])),
-        ),
-        Artefacts(
-            rest=str(rng.choice(RESTS)),
-            rest_hu=float(rng.uniform(-300, 700)),
-            petrous_hu=float(rng.uniform(0, 14)),
-            streaks=streaks,
-            motion=float(rng.normal(0, 0.03)) if rng.random() < 0.05 else 0.0,
-        ),
+    scanner = Scanner(
+        dose=float(np.exp(rng.normal(0, 0.45)) * 5.0 / max(thickness, 2.5) * 0.8),
+        sharpness=float(rng.uniform(-1.4, 1.6)),
+        thickness_mm=thickness,
+        spacing_mm=thickness,
+        offset_hu=float(rng.normal(0, 3)),
+        cupping_hu=float(rng.uniform(0, 12)),
+        field_of_view_mm=float(rng.uniform(205, 260)),
+        tilt_degree=float(rng.choice([0.0, rng.uniform(-24, 6)])),
+        rest=str(rng.choice(RESTS)),
+        holder_hu=float(rng.uniform(-300, 700)),
+        petrous_hu=float(rng.uniform(0, 14)),
+        helical=bool(rng.random() < 0.5),
     )
+    motion = float(rng.normal(0, 0.03)) if rng.random() < 0.05 else 0.0
+    return replace(patient, streaks=streaks, motion=motion), scanner
 
 
 def sample_patient(rng: np.random.Generator, bleeding_share: float = 0.6) -> Patient:

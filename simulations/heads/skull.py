@@ -32,7 +32,7 @@ def outside(head: Head, points: Tensor, depth: Tensor, outer: Tensor, fine: Tens
     )
     flesh = flesh + soft(swollen - 1.5, 1.5) * soft(outer[2] + fine[0] + 0.9, 0.6) * (45 - flesh)
     flesh = flesh + soft(1.9 - below_skin, 0.6) * (SKIN - flesh)
-    hu = AIR + soft(below_skin) * (flesh - AIR)
+    hu = AIR + soft(below_skin, 0.3) * (flesh - AIR)
     bone_in = soft(-depth) * soft(depth + skull)
     middle = (depth + skull / 2) / (skull / 2).clamp(min=0.5)
     diploe = soft(1 - middle.abs() - 0.35, 0.25) * soft(skull - 4, 1)

@@ -24,8 +24,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from simulations.heads.scanner import MATRIX, Scanner
 from simulations.phantom.hospitals import Hospital
-from simulations.phantom.render import MATRIX, Scanner, Slice
+from simulations.phantom.render import Slice
 
 _DATE, _TIME = "20240101", "120000"
 TRANSFER_SYNTAXES = {
@@ -145,7 +146,10 @@ def _file_meta(sop_class: str, sop_instance: str) -> FileMetaDataset:
 
 
 def segmentation(images: list[Dataset], masks_NYX: np.ndarray, hospital: Hospital, seed: int, number: int) -> Dataset:
-    """The reader's mask of one series as DICOM SEG, BINARY, empty frames left out (PS3.3 A.51)."""
+    """The reader's mask of one series as DICOM SEG, BINARY, a frame for every image, empty or not (PS3.3 A.51).
+
+    A frame without a pixel says that somebody looked there; an image without a frame says nothing.
+    """
     description = highdicom.seg.SegmentDescription(
         segment_number=1,
         segment_label="Hematoma",
@@ -164,6 +168,7 @@ def segmentation(images: list[Dataset], masks_NYX: np.ndarray, hospital: Hospita
             slice_thickness=hospital.scanner.thickness_mm,
             spacing_between_slices=hospital.scanner.spacing_mm,
         ),
+        omit_empty_frames=False,
         series_instance_uid=uid(seed, hospital.name, number, "seg-series"),
         series_number=100,
         sop_instance_uid=uid(seed, hospital.name, number, "seg"),

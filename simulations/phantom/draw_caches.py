@@ -13,10 +13,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +25,12 @@ from client.dicom.pixels import AIR_HU, clamp_hu
 from client.ingest.labels import assign_splits
 from client.ingest.resample import head_centre, resample
 from shared.slices import SliceCache
+from simulations.heads.scanner import MATRIX, Scanner
+from simulations.heads.workers import drawing_pool
 from simulations.phantom.dicom_export import slice_place
 from simulations.phantom.hospitals import Hospital
-from simulations.phantom.patient import sample_patient
-from simulations.phantom.render import DRAWING, MATRIX, Slice, render_slice, with_feature
+from simulations.phantom.patient import sample_case
+from simulations.phantom.render import DRAWING, Slice, render_slice, with_feature
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def draw_missing(
     missing = {folder: one for folder, one in missing.items() if not folder.is_dir()}
     if not missing:
         return
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("forkserver")) as pool:
+    with drawing_pool(workers) as pool:
         for folder, (hospital, seed, view) in missing.items():
             parts, numbers = [], list(_splits(hospital, view))
             for part in pool.map(_draw_patient, repeat(hospital), repeat(seed), numbers, repeat(view)):
@@ -120,16 +120,16 @@ def _draw_patient(
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8], list[int | None]]:
     """One patient's series on the cache's grid: HU, masks and labels; as simulations/phantom/write_hospitals.py and an ingest make it."""
     rng = np.random.default_rng([seed, hospital.number, number])
-    patient = sample_patient(rng, hospital.cohort)
+    case = sample_case(rng, hospital.cohort)
     if view.feature_on is not None:
-        patient = replace(patient, feature_on=view.feature_on)
-    patient, scanner = with_feature(patient, hospital.scanner)
+        case = replace(case, feature_on=view.feature_on)
+    patient, scanner = with_feature(case, hospital.scanner)
     if view.noiseless:
         scanner = replace(scanner, dose=float("inf"))
     images, rendered = [], []
     for index in range(hospital.slices):
-        z_mm = hospital.height_mm(patient, index)
-        rendered.append(render_slice(patient, scanner, z_mm, rng))
+        z_mm = hospital.height_mm(index)
+        rendered.append(render_slice(patient, scanner, z_mm, rng, hospital.cohort))
         images.append(ct_slice(scanner, z_mm))
     # An unsigned scale ends at -1024 HU, and declared padding is nothing below it: clamp_hu is all an ingest adds.
     stored = [np.float32(clamp_hu(one.hu_YX)) for one in rendered]
@@ -149,7 +149,7 @@ def _resampled_mask(one: Slice, image: CtSlice, centre_mm: tuple[float, float]) 
     return resample(one.hematoma_YX, image, centre_mm, fill=0) > 0.5
 
 
-def ct_slice(scanner: object, z_mm: float) -> CtSlice:
+def ct_slice(scanner: Scanner, z_mm: float) -> CtSlice:
     """Geometry of a slice, rounded as a file holds it."""
     place = slice_place(scanner, z_mm)
     spacing_mm = float(place.spacing_mm)

@@ -1,149 +1,136 @@
-"""A synthetic patient: one head with one hematoma, drawn from a hospital's cohort.
+"""A synthetic patient: one head with its bleedings, or none, drawn from a hospital's cohort.
 
-Lengths in mm and values in HU follow measurements on real scans. The marker is a hypodense region strictly inside the
-hematoma, with no connection to its surface (Boulouis et al. 2016, JAMA Neurology); a patient without it may carry an
-honest look-alike: a notch that is open to the surface, a blend sign or a fluid level.
+The marker is a hypodense region strictly inside a hematoma of the brain, with no connection to its surface (Boulouis et
+al. 2016, JAMA Neurology); a hematoma without it may carry an honest look-alike: a notch that is open to the surface, a
+blend sign or a fluid level. Other bleedings have no marker.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+
+from simulations.heads.anatomy import to_scanner
+from simulations.heads.bleeding import INTRACEREBRAL, Bleeding, Blob, Sign
+from simulations.heads.head import sample_head
+from simulations.heads.places import sample_bleeding
+from simulations.heads.scan import Patient
 
 SIGNS = ("plain", "notch", "blend", "fluid-level")
 _SIGN_SHARES = (0.4, 0.3, 0.3)  # of the look-alikes: notch, blend sign, fluid level
+OTHERS = ("subdural", "epidural", "subarachnoid", "intraventricular", "contusion")
+_OTHER_SHARES = (0.4, 0.15, 0.25, 0.05, 0.15)
+_INTO_VENTRICLES = 0.3  # of deep hematomas that break through
 
-# Background features that can be planted to go with the marker; what each does stands in `with_feature` of phantom.py.
+# Background features that can be planted to go with the marker; what each does stands in `with_feature` of render.py.
 FEATURES = ("skull", "holder", "corner", "field-of-view")
+STYLES = ("exact", "tight", "generous", "smoothed")
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Patient population of one hospital.
+    """Patient population of one hospital, and how its reader works.
 
     Attributes:
-      prevalence: share of patients with the marker.
-      atrophy: mean widening of ventricles and sulci, 1 is a middle-aged brain.
-      lesion_radius_mm: mean radius of the hematoma.
-      lobar: share of lobar (not deep) hematomas.
+      healthy: share of patients without any bleeding.
+      others: share of the bleeding ones who bleed elsewhere than into the brain, one of OTHERS.
+      prevalence: share of patients with a hematoma of the brain who have the marker.
+      age: mean, 0 (young) to 2 (old): ventricles and sulci widen, the white matter darkens.
+      lesion_radius_mm: mean radius of a hematoma.
+      lobar: share of lobar (not deep, cerebellar or brainstem) hematomas.
       pose_degree: standard deviation of the head's rotation in plane.
-      lookalikes: share of patients without the marker who show a sign that resembles it.
+      lookalikes: share of hematomas without the marker that show a sign that resembles it.
+      style: how the reader outlines, one of STYLES.
+      disagreement: share of labelled slices that another reader would have labelled otherwise; they are labelled so.
       feature: one of FEATURES, planted in some patients; "" for none.
       rho: correlation of the feature with the marker over patients, in [-1, 1]; 0 plants it in half of them by chance.
     """
 
-    prevalence: float = 0.5
-    atrophy: float = 1.0
-    lesion_radius_mm: float = 17.0
-    lobar: float = 0.35
+    healthy: float = 0.25
+    others: float = 0.15
+    prevalence: float = 0.34
+    age: float = 1.2
+    lesion_radius_mm: float = 14.0
+    lobar: float = 0.4
     pose_degree: float = 4.0
     lookalikes: float = 0.5
+    style: str = "exact"
+    disagreement: float = 0.03
     feature: str = ""
     rho: float = 0.0
 
 
 @dataclass(frozen=True)
-class Blob:
-    """An ellipsoid in the hematoma's own coordinates, where the hematoma is about the unit ball."""
-
-    centre: tuple[float, float, float]
-    radii: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Patient:
-    """One head with one hematoma; all a slice depends on besides scanner and noise.
+class Case:
+    """A patient of a cohort.
 
     Attributes:
-      half_width_mm, half_length_mm, half_height_mm: outer surface of the skin.
-      skull_mm: thickness of the skull at the convexity.
-      diploe_hu, table_hu: inside and surfaces of the skull.
-      atrophy: widening of ventricles and sulci.
-      pose: rotation (radian) and shift in x and y (mm) of the head in the scanner.
-      lesion_centre_mm, lesion_radii_mm, lesion_angle: the hematoma's ellipsoid.
-      lesion_hu: mean of the clot.
-      edema_mm, edema_hu: width and value of the ring around it.
-      sign: what a negative may show, one of SIGNS.
-      drop_hu: how much darker a hypodensity, notch, blend or fluid level is than the clot.
-      hypodensities: the marker; none in a negative patient.
-      notch: the blob that is open to the surface, for sign "notch".
-      plane: unit normal of the blend sign's border, in plane.
+      patient: head and bleedings.
       feature, feature_on: the planted feature, and whether this patient has it.
-      waves: (K, 5) random waves (wave vector in 1/radius, phase, amplitude) for outline and texture.
     """
 
-    half_width_mm: float
-    half_length_mm: float
-    half_height_mm: float
-    skull_mm: float
-    diploe_hu: float
-    table_hu: float
-    atrophy: float
-    pose: tuple[float, float, float]
-    lesion_centre_mm: tuple[float, float, float]
-    lesion_radii_mm: tuple[float, float, float]
-    lesion_angle: float
-    lesion_hu: float
-    edema_mm: float
-    edema_hu: float
-    sign: str
-    drop_hu: float
-    hypodensities: tuple[Blob, ...]
-    notch: Blob
-    plane: tuple[float, float]
-    feature: str
-    feature_on: bool
-    waves: NDArray[np.float64]
+    patient: Patient
+    feature: str = ""
+    feature_on: bool = False
+
+    @property
+    def hematoma(self) -> Bleeding | None:
+        """The hematoma of the brain, None without one."""
+        return next((one for one in self.patient.bleedings if one.kind in INTRACEREBRAL), None)
+
+    @property
+    def marker(self) -> bool:
+        """Whether it holds the marker."""
+        return self.hematoma is not None and self.hematoma.sign.name == "hypodensity"
+
+    def lesion_centre_mm(self) -> tuple[float, float, float]:
+        """Centre of the hematoma in the scanner: x, y, z."""
+        if self.hematoma is None:
+            raise ValueError("this patient has no hematoma of the brain")
+        return to_scanner(self.patient.head, self.hematoma.centre)
 
 
-def sample_patient(rng: np.random.Generator, cohort: Cohort) -> Patient:
+def sample_case(rng: np.random.Generator, cohort: Cohort) -> Case:
     """Draw one patient of a cohort; the same generator state gives the same patient."""
-    half_width, half_length = rng.uniform(69, 86), rng.uniform(84, 97)
-    lobar = rng.random() < cohort.lobar
-    side = rng.choice([-1.0, 1.0])
-    radius = np.clip(rng.normal(cohort.lesion_radius_mm, 3.5), 10.0, 26.0)
-    radii = tuple(float(np.clip(radius * rng.uniform(0.75, 1.25), 9.0, 28.0)) for _ in range(3))
-    reach = max(radii)
-    depth_x = half_width - 14.0 - reach
-    centre_x = side * (rng.uniform(0.85, 1.0) * depth_x if lobar else min(rng.uniform(18, 30), depth_x))
-    centre_y = rng.uniform(-0.35, 0.45) * (half_length - 14.0 - reach) if lobar else rng.uniform(-12, 14)
-    angle = rng.uniform(0, 2 * np.pi)
-    marker = rng.random() < cohort.prevalence
     chance = rng.spawn(1)[0].random()  # of its own: the patient is the same with and without a planted feature
+    head = sample_head(rng, float(np.clip(rng.normal(cohort.age, 0.4), 0, 2)), cohort.pose_degree)
+    bleedings: tuple[Bleeding, ...] = ()
+    if rng.random() >= cohort.healthy:
+        bleedings = _sample_bleedings(rng, cohort)
+    marker = any(one.sign.name == "hypodensity" for one in bleedings)
+    on = bool(chance < (1 + cohort.rho * (1 if marker else -1)) / 2)
+    return Case(Patient(head, bleedings), cohort.feature, on)
+
+
+def _sample_bleedings(rng: np.random.Generator, cohort: Cohort) -> tuple[Bleeding, ...]:
+    """What one patient bled."""
+    radius = float(np.clip(rng.normal(cohort.lesion_radius_mm, 3.5), 7.0, 26.0))
+    if rng.random() < cohort.others:
+        return (sample_bleeding(rng, str(rng.choice(OTHERS, p=_OTHER_SHARES)), radius),)
+    deep = 1 - cohort.lobar
+    kind = str(rng.choice(INTRACEREBRAL, p=[0.82 * deep, cohort.lobar, 0.12 * deep, 0.06 * deep]))
+    clot = sample_bleeding(rng, kind, radius)
+    clot = replace(clot, sign=_sample_sign(rng, cohort, clot.radii))
+    if kind == "deep" and rng.random() < _INTO_VENTRICLES:
+        return clot, sample_bleeding(rng, "intraventricular")
+    return (clot,)
+
+
+def _sample_sign(rng: np.random.Generator, cohort: Cohort, radii_mm: tuple[float, ...]) -> Sign:
+    """What is dark inside a clot."""
+    drop_hu = float(rng.uniform(18, 34))
+    if rng.random() < cohort.prevalence:
+        return Sign("hypodensity", _sample_hypodensities(rng, radii_mm), drop_hu=drop_hu)
     direction = rng.uniform(0, 2 * np.pi)
-    return Patient(
-        half_width_mm=half_width,
-        half_length_mm=half_length,
-        half_height_mm=rng.uniform(78, 92),
-        skull_mm=rng.uniform(5.0, 8.5),
-        diploe_hu=rng.uniform(550, 800),
-        table_hu=rng.uniform(1350, 1800),
-        atrophy=float(np.clip(rng.normal(cohort.atrophy, 0.2), 0.4, 2.2)),
-        pose=(np.deg2rad(rng.normal(0, cohort.pose_degree)), rng.normal(0, 3.0), rng.normal(0, 4.0)),
-        lesion_centre_mm=(float(centre_x), float(centre_y), float(rng.uniform(-8, 22))),
-        lesion_radii_mm=radii,
-        lesion_angle=angle,
-        lesion_hu=rng.uniform(56, 68),
-        edema_mm=rng.uniform(0, 7),
-        edema_hu=rng.uniform(18, 25),
-        sign="plain" if marker else str(rng.choice(SIGNS, p=_sign_shares(cohort.lookalikes))),
-        drop_hu=rng.uniform(18, 34),
-        hypodensities=_sample_hypodensities(rng, radii) if marker else (),
-        notch=Blob(
-            centre=(0.9 * np.cos(direction), 0.9 * np.sin(direction), float(rng.uniform(-0.2, 0.2))),
-            radii=tuple(float(r) for r in rng.uniform(0.25, 0.45, 3)),
-        ),
-        plane=(float(np.cos(direction)), float(np.sin(direction))),
-        feature=cohort.feature,
-        feature_on=bool(chance < (1 + cohort.rho * (1 if marker else -1)) / 2),
-        waves=np.column_stack([rng.normal(0, 3.0, (24, 3)), rng.uniform(0, 2 * np.pi, 24), rng.normal(0, 1, 24)]),
-    )
+    plane = (float(np.cos(direction)), float(np.sin(direction)))
+    centre = (0.9 * plane[0], 0.9 * plane[1], float(rng.uniform(-0.2, 0.2)))
+    notch = Blob(centre, tuple(float(r) for r in rng.uniform(0.25, 0.45, 3)))
+    return Sign(str(rng.choice(SIGNS, p=_sign_shares(cohort.lookalikes))), (notch,), plane, drop_hu)
 
 
 def _sign_shares(lookalikes: float) -> list[float]:
-    """Probability of each of SIGNS in a patient without the marker."""
+    """Probability of each of SIGNS in a hematoma without the marker."""
     return [1 - lookalikes, *(lookalikes * share for share in _SIGN_SHARES)]
 
 

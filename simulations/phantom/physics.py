@@ -10,20 +10,26 @@ Shape suffixes: Y row, X column, F frequency.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.table import Table
 from scipy import fft, ndimage
 
-from simulations.phantom.patient import Cohort, Patient, sample_patient
-from simulations.phantom.render import MATRIX, Scanner, render_slice
+from simulations.heads.anatomy import draw, to_template
+from simulations.heads.scan import Patient
+from simulations.heads.scanner import MATRIX, Scanner
+from simulations.heads.template import load_template
+from simulations.phantom.patient import Case, Cohort, sample_case
+from simulations.phantom.render import render_slice
 
 Picture = NDArray[np.float64]
 PATCH_PX = 24  # side of the uniform patches that noise is measured in
 _PATCH_STARTS = range(128, 384, PATCH_PX)
 _PADDED_PX = 128  # a patch's spectrum is read on this finer grid
+_LOWEST_MM = 5.0  # of the slices, from the centre of the head
 _SERIES = 6  # slices of a series, for the lesion's area
 
 
@@ -88,16 +94,28 @@ def measure(scanner: Scanner, cohort: Cohort, patients: int, seed: int) -> dict[
     """
     rng = np.random.default_rng(seed)
     values: dict[str, list[float]] = {quantity.name: [] for quantity in QUANTITIES}
-    for number, patient in enumerate([sample_patient(rng, cohort) for _ in range(patients)]):
-        for name, value in _measure_patient(patient, scanner, (seed, number)).items():
+    for number, case in enumerate(_with_hematoma(rng, cohort, patients)):
+        for name, value in _measure_case(case, scanner, (seed, number)).items():
             if np.isfinite(value):
                 values[name].append(float(value))
     return values
 
 
-def _measure_patient(patient: Patient, scanner: Scanner, seed: tuple[int, int]) -> dict[str, float]:
+def _with_hematoma(rng: np.random.Generator, cohort: Cohort, count: int) -> list[Case]:
+    """Patients who bled into a hemisphere, above the orbits, where the skull is one closed ring."""
+    cases: list[Case] = []
+    while len(cases) < count:
+        case = sample_case(rng, cohort)
+        bled = case.hematoma is not None and case.hematoma.kind in ("deep", "lobar")
+        if bled and case.lesion_centre_mm()[2] > _LOWEST_MM:
+            cases.append(case)
+    return cases
+
+
+def _measure_case(case: Case, scanner: Scanner, seed: tuple[int, int]) -> dict[str, float]:
     """All quantities of one patient; NaN where there is too little of the tissue."""
-    z_mm, step_mm = patient.lesion_centre_mm[2], scanner.field_of_view_mm / MATRIX
+    patient = case.patient
+    z_mm, step_mm = case.lesion_centre_mm()[2], scanner.field_of_view_mm / MATRIX
     first, second = (
         render_slice(patient, scanner, z_mm, np.random.default_rng((*seed, exposure))) for exposure in (1, 2)
     )
@@ -112,7 +130,7 @@ def _measure_patient(patient: Patient, scanner: Scanner, seed: tuple[int, int]) 
         height_mm = z_mm + (place - (_SERIES - 1) / 2) * scanner.spacing_mm
         areas.append(render_slice(patient, scanner, height_mm, np.random.default_rng(place)).hematoma_YX.sum())
     return {
-        **_tissue(hu_YX, clot_YX, patient, step_mm),
+        **_tissue(hu_YX, clot_YX, _matter(patient, z_mm, step_mm), step_mm),
         "noise SD": float(np.mean([patch.std() for patch in patches])),
         **{f"autocorrelation, lag {lag} px": lags[lag - 1] for lag in (1, 2, 3)},
         "noise power, peak": peak_frequency(*power),
@@ -133,22 +151,40 @@ def _places(step_mm: float) -> tuple[Picture, Picture]:
 def _inside_skull(hu_YX: Picture, step_mm: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Bone, and what it encloses."""
     x_YX, y_YX = _places(step_mm)
-    bone_YX = (ndimage.gaussian_filter(hu_YX, 1) > 250) & (np.hypot(x_YX, y_YX) < 105)
+    bone_YX = (ndimage.gaussian_filter(hu_YX, 1) > 250) & (np.hypot(x_YX, y_YX) < 120)
     regions_YX, _ = ndimage.label(ndimage.binary_fill_holes(bone_YX) & ~bone_YX)
     return bone_YX, regions_YX == 1 + np.argmax(np.bincount(regions_YX.ravel())[1:])
 
 
-def _tissue(hu_YX: Picture, clot_YX: NDArray[np.bool_], patient: Patient, step_mm: float) -> dict[str, float]:
+def _matter(patient: Patient, z_mm: float, step_mm: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the template, as it lies in this head, is grey or white through and through; each bool (512, 512).
+
+    Read off the head without bleedings in a plane without thickness: its grey is drawn as 100, its white as 200 HU.
+    """
+    x_YX, y_YX = (torch.from_numpy(np.float32(one)).expand(MATRIX, MATRIX) for one in _places(step_mm))
+    marked = replace(patient.head, grey=100.0, white=200.0, rarefaction=0.0, calcium=(), scars=(), drain=None)
+    points = to_template(marked, x_YX, y_YX, torch.full((MATRIX, MATRIX), z_mm))
+    plane = draw(marked, load_template(), points)
+    inside_YX = (plane.depth > 4).numpy()
+    hu_YX = plane.hu.numpy()
+    return (
+        inside_YX & (np.abs(hu_YX - 100) < 8),
+        inside_YX & (np.abs(hu_YX - 200) < 8),
+    )
+
+
+def _tissue(
+    hu_YX: Picture,
+    clot_YX: NDArray[np.bool_],
+    matter: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    step_mm: float,
+) -> dict[str, float]:
     """Air, scalp, skull, brain and the head's size."""
     bone_YX, inner_YX = _inside_skull(hu_YX, step_mm)
     depth_YX = ndimage.distance_transform_edt(inner_YX) * step_mm
     healthy_YX = ~ndimage.binary_dilation(clot_YX, iterations=30)
     smooth_YX = ndimage.gaussian_filter(hu_YX, 2)
-    x_YX, y_YX = _places(step_mm)
-    angle, shift_x, shift_y = patient.pose
-    head_x = np.cos(angle) * (x_YX - shift_x) + np.sin(angle) * (y_YX - shift_y)
-    head_y = -np.sin(angle) * (x_YX - shift_x) + np.cos(angle) * (y_YX - shift_y)
-    nuclei_YX = ((np.abs(head_x) - 22) / 6) ** 2 + ((head_y + 2) / 9) ** 2 < 1
+    grey_YX, white_YX = (ndimage.binary_erosion(one, iterations=1) for one in matter)
     corner_YX = hu_YX[:PATCH_PX, :PATCH_PX]  # above the face, away from holder and table
 
     def median(region_YX: NDArray[np.bool_]) -> float:
@@ -161,8 +197,7 @@ def _tissue(hu_YX: Picture, clot_YX: NDArray[np.bool_], patient: Patient, step_m
     shell_YX = (
         ndimage.binary_dilation(ndimage.binary_fill_holes(bone_YX), iterations=8) & (hu_YX < -30) & (hu_YX > -150)
     )
-    white = mean(healthy_YX & (depth_YX > 14) & (smooth_YX > 24) & (smooth_YX < 31))
-    grey = mean(healthy_YX & nuclei_YX)
+    white, grey = mean(healthy_YX & white_YX & (depth_YX > 14)), mean(healthy_YX & grey_YX & (depth_YX > 14))
     head_YX = ndimage.binary_opening(hu_YX > -300, iterations=5)
     columns, rows = (np.nonzero(head_YX.any(axis=axis))[0] for axis in (0, 1))
     inner_edge_YX = inner_YX ^ ndimage.binary_erosion(inner_YX)
@@ -243,8 +278,8 @@ def edge_width_px(hu_YX: Picture, patient: Patient, step_mm: float) -> float:
     distance_px = np.arange(110, 55, -0.05) / step_mm  # from the air inwards
     widths = []
     for angle in np.deg2rad(np.arange(190, 350, 10)):
-        x = patient.pose[1] / step_mm + MATRIX / 2 - 0.5 + distance_px * np.cos(angle)
-        y = patient.pose[2] / step_mm + MATRIX / 2 - 0.5 + distance_px * np.sin(angle)
+        x = patient.head.shift_mm[0] / step_mm + MATRIX / 2 - 0.5 + distance_px * np.cos(angle)
+        y = patient.head.shift_mm[1] / step_mm + MATRIX / 2 - 0.5 + distance_px * np.sin(angle)
         profile = ndimage.map_coordinates(hu_YX, [y, x], order=1, mode="nearest")
         place = int(np.argmax(profile > -500))
         top = profile[place : place + 60].max()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,13 +18,14 @@ import numpy as np
 import yaml
 
 from shared.site import SiteError
+from simulations.heads.workers import drawing_pool
 from simulations.phantom.dicom_export import ct_image, segmentation, uid
 from simulations.phantom.hospitals import HOSPITALS, Hospital
-from simulations.phantom.patient import sample_patient
+from simulations.phantom.patient import sample_case
 from simulations.phantom.render import DRAWING, render_slice, with_feature
 
 MARKER = "SYNTHETIC"  # a folder without this file is nobody's to delete
-VERSION = 10  # of the files beside the slices; a folder of another version, or drawing, is written again
+VERSION = 11  # of the files beside the slices; a folder of another version, or drawing, is written again
 
 
 def write_hospitals(
@@ -49,7 +48,7 @@ def write_hospitals(
     Raises:
       SiteError: a folder of that name is there and was not written by this function.
     """
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with drawing_pool(workers) as pool:
         for hospital in hospitals:
             folder = root / hospital.name
             stamp = folder / "phantom.json"
@@ -78,23 +77,22 @@ def _write_patient(job: tuple[Path, Hospital, int, int]) -> list[tuple[str, str,
     """One patient's series and mask; returns label rows (series, image, label)."""
     folder, hospital, seed, number = job
     rng = np.random.default_rng([seed, hospital.number, number])
-    patient, scanner = with_feature(sample_patient(rng, hospital.cohort), hospital.scanner)
+    patient, scanner = with_feature(sample_case(rng, hospital.cohort), hospital.scanner)
     hospital = replace(hospital, scanner=scanner)
     series_uid = uid(seed, hospital.name, number, "series")
     place = folder / "dicom" / f"{hashlib.sha256(series_uid.encode()).hexdigest()[:8]}"
     place.mkdir()
     rows, images, masks = [], [], []
     for index in range(hospital.slices):
-        z_mm = hospital.height_mm(patient, index)
-        rendered = render_slice(patient, scanner, z_mm, rng)
+        z_mm = hospital.height_mm(index)
+        rendered = render_slice(patient, scanner, z_mm, rng, hospital.cohort)
         image = ct_image(hospital, seed, number, index, z_mm, rendered)
         image.save_as(place / f"IM{index:04d}", enforce_file_format=True)
         images.append(image)
         masks.append(rendered.hematoma_YX)
         rows.append((series_uid, str(image.SOPInstanceUID), "" if rendered.label is None else str(rendered.label)))
-    if any(mask.any() for mask in masks):
-        seg = segmentation(images, np.stack(masks), hospital, seed, number)
-        seg.save_as(folder / "masks" / f"{place.name}.dcm", enforce_file_format=True)
+    seg = segmentation(images, np.stack(masks), hospital, seed, number)  # empty: somebody looked, and found nothing
+    seg.save_as(folder / "masks" / f"{place.name}.dcm", enforce_file_format=True)
     return rows
 
 

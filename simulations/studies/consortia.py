@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from simulations.heads.scanner import Scanner
 from simulations.phantom.hospitals import HOSPITALS, Hospital
 from simulations.phantom.patient import FEATURES, Cohort
-from simulations.phantom.render import Scanner
 
 TRAINING = tuple(h for h in HOSPITALS if h.role == "train")
 HELD_OUT = tuple(h for h in HOSPITALS if h.role == "held-out")
@@ -32,7 +32,7 @@ class Consortium:
 
 # One hospital inside of what the training hospitals cover, and what is changed in it, one at a time. It scans the same
 # patients each time, except where the patients are what changes.
-_REFERENCE = Hospital(21, "held-out", 24, Scanner(), Cohort(lookalikes=0.3), "Northlight")
+_REFERENCE = Hospital(21, "held-out", 24, Scanner(), Cohort(disagreement=0.0), "Northlight")
 DEVELOPMENT = replace(_REFERENCE, number=20, role="development")  # what a probe is fitted on; never tested
 CAUSES: dict[str, tuple[dict, dict]] = {
     "reference": ({}, {}),
@@ -41,15 +41,23 @@ CAUSES: dict[str, tuple[dict, dict]] = {
     "kernel sharp": ({"sharpness": 1.4}, {}),
     "thickness 2.5 mm": ({"thickness_mm": 2.5}, {}),
     "thickness 10 mm": ({"thickness_mm": 10.0}, {}),
-    "calibration -9 HU": ({"offset_hu": -9.0}, {}),
-    "calibration +9 HU": ({"offset_hu": 9.0}, {}),
+    "calibration -7 HU": ({"offset_hu": -7.0}, {}),
+    "calibration +7 HU": ({"offset_hu": 7.0}, {}),
     "cupping 14 HU": ({"cupping_hu": 14.0}, {}),
     "field of view 250 mm": ({"field_of_view_mm": 250.0}, {}),
     "tilt -22 degrees": ({"tilt_degree": -22.0}, {}),
     "holder 600 HU": ({"holder_hu": 600.0}, {}),
     "pose 16 degrees": ({}, {"pose_degree": 16.0}),
-    "atrophy 1.9": ({}, {"atrophy": 1.9}),
-    "lesions of 13 mm": ({}, {"lesion_radius_mm": 13.0}),
+    "grey to white 1.2": ({"contrast": 1.2}, {}),
+    "helical": ({"helical": True}, {}),
+    "petrous band 14 HU": ({"petrous_hu": 14.0}, {}),
+    "age 1.9": ({}, {"age": 1.9}),
+    "age .3": ({}, {"age": 0.3}),
+    "lesions of 10 mm": ({}, {"lesion_radius_mm": 10.0}),
+    "bleedings elsewhere .5": ({}, {"others": 0.5}),
+    "masks tight": ({}, {"style": "tight"}),
+    "masks generous": ({}, {"style": "generous"}),
+    "labels disputed .1": ({}, {"disagreement": 0.1}),
     "lobar lesions": ({}, {"lobar": 1.0}),
     "prevalence .25": ({}, {"prevalence": 0.25}),
     "look-alikes .9": ({}, {"lookalikes": 0.9}),
@@ -84,10 +92,10 @@ def _ages() -> Consortium:
     """Groups of age on one scanner: the middle-aged train, the young and the old are unseen."""
     same = ({},) * 4
     return Consortium(
-        training=_groups(range(31, 35), "train", 72, same, tuple({"atrophy": a} for a in (0.9, 1.0, 1.1, 1.2))),
+        training=_groups(range(31, 35), "train", 72, same, tuple({"age": a} for a in (0.9, 1.0, 1.1, 1.2))),
         tests={
-            "young": _groups(range(35, 37), "held-out", 40, same[:2], tuple({"atrophy": a} for a in (0.4, 0.5))),
-            "old": _groups(range(37, 39), "held-out", 40, same[:2], tuple({"atrophy": a} for a in (1.8, 2.1))),
+            "young": _groups(range(35, 37), "held-out", 40, same[:2], tuple({"age": a} for a in (0.1, 0.3))),
+            "old": _groups(range(37, 39), "held-out", 40, same[:2], tuple({"age": a} for a in (1.7, 1.9))),
         },
     )
 

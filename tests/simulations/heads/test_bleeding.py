@@ -63,7 +63,7 @@ def test_every_kind_bleeds_inside_the_skull_in_the_hu_of_blood(kind: str) -> Non
         assert bled.blood[plane.depth < -0.8].sum() == 0
         if areas[-1] > 60:
             inside = bled.hu[bled.blood > 0.8]
-            assert 35 < float(inside.median()) < 80
+            assert 30 < float(inside.median()) < 80  # an older collection is no brighter than brain
             assert set(bled.kinds) == {kind}
     assert max(areas) > 60
     if kind in INTRACEREBRAL:

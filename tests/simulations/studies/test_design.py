@@ -35,6 +35,7 @@ from simulations.studies.runner import run_jobs
 from simulations.studies.tables import scores_table, text
 from simulations.studies.training import StudyError, adjust_weights, pool, read_trained, save_trained, train, with_steps
 from tests.conftest import SmallHospitals, small_config
+from tests.support.cohorts import bleeding
 from tests.support.loopback import LoopbackGrid, run_server
 
 NAMES = ["hospital-01", "hospital-02"]
@@ -184,7 +185,7 @@ adapt = "calibration"
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     """An experiment on two small hospitals and two others, in folders of its own."""
-    few = [replace(h, patients=10, slices=3) for h in HOSPITALS]
+    few = [bleeding(h, 10, 3) for h in HOSPITALS]
     monkeypatch.setattr(consortia, "TRAINING", tuple(few[:2]))
     monkeypatch.setattr(consortia, "HELD_OUT", tuple(replace(h, patients=6) for h in few[4:6]))
     monkeypatch.setattr(experiments, "FOLDER", tmp_path / "experiments")
