@@ -105,6 +105,8 @@ class TrainSettings:
     Attributes:
       epochs: passes over the hospital's training slices in one round.
       batch: slices per step.
+      sampling: "all" takes every training slice in an epoch; "telling" those alone that show blood or have a label;
+        "balanced" these and as many of the others, drawn anew each time (shared/model/sampling.py).
       optimiser: "muon" steps matrices by Muon and the rest by AdamW, "adamw" all by AdamW.
       learning_rate: AdamW's at its highest, after the warm-up.
       matrix_rate: Muon's at its highest.
@@ -118,6 +120,7 @@ class TrainSettings:
 
     epochs: int = 2
     batch: int = 16
+    sampling: str = "balanced"
     optimiser: str = "muon"
     learning_rate: float = 5e-4
     matrix_rate: float = 0.007
@@ -190,6 +193,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.variant": ("default", "tiny", "small", "demo", "demo-deep"),
     "loss.weighting": ("fixed", "uncertainty", "gradnorm"),
     "train.optimiser": ("muon", "adamw"),
+    "train.sampling": ("balanced", "all", "telling"),
     "train.augment": ("none", "pose", "scanner"),
     "train.precision": ("auto", "bf16", "fp32"),
     "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),

@@ -1,9 +1,10 @@
-"""Metrics as sums that merge: counts of scores in, AUC, F1 and Dice with intervals out.
+"""Metrics as sums that merge: counts of scores in, AUC, F1, Dice and false alarms with intervals out.
 
-Scores are counted: how many slices with and without the marker fell into each score bin, and the sum of Dice, once for
-the patients as they are (row 0) and once for each bootstrap sample of them (rows 1 to R). Counts of several hospitals add
-up, and the pooled AUC, F1 and Dice follow from the sums; averages of averages appear nowhere. No hospital sends these fine
-counts: what leaves is coarser (shared/tally.py).
+Scores are counted: how many slices with and without the marker fell into each score bin, the sum of Dice over slices with
+blood, what was marked where there is none, and how much was marked in each patient, once for the patients as they are
+(row 0) and once for each bootstrap sample of them (rows 1 to R). Counts of several hospitals add up, and every pooled
+metric follows from the sums; averages of averages appear nowhere. No hospital sends these fine counts: what leaves is
+coarser (shared/tally.py).
 
 Intervals are percentile bootstraps over patients, drawn within each hospital (Efron and Tibshirani 1993, ch. 13).
 """
@@ -22,6 +23,9 @@ from shared.errors import HemafedError
 # Score bins are equal steps of the logit, so that confident scores stay apart; beyond the ends they share a bin.
 LOGIT_LIMIT = 10.0
 BINS = 1000
+# What a model marks in a slice counts from the first of these on; a patient's largest marked area falls between two of them.
+AREAS_MM2 = (30.0, 100.0, 300.0, 1000.0)
+AREAS = len(AREAS_MM2) + 1
 
 Counted = NDArray[np.int64] | NDArray[np.float64]  # whole slices, or fractions where a coarser count was spread
 
@@ -37,14 +41,18 @@ class Scores:
     Attributes:
       logit: float (N,), hypodensity.
       label: float (N,), 1, 0 or NaN for unknown.
-      dice: float (N,), of the predicted hematoma; NaN where there is no mask.
+      dice: float (N,), of the predicted hematoma; NaN where there is no mask, or an empty one.
       patient: str (N,), keyed hash.
+      marked_mm2: float (N,), area that the model marked; NaN where there is no mask. None where nothing was segmented.
+      blood: bool (N,), whether the mask shows any; None with marked_mm2.
     """
 
     logit: NDArray[np.float64]
     label: NDArray[np.float64]
     dice: NDArray[np.float64]
     patient: NDArray[np.str_]
+    marked_mm2: NDArray[np.float64] | None = None
+    blood: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,12 @@ class Tally:
       counts: int64 (R + 1, 2, K), slices without and with the marker per cell; row 0 the patients as they are, rows 1 to
         R bootstrap samples.
       auc: float, area under the hospital's own ROC curve, rounded; 0.5 where one class is missing.
-      dice_sum: float64 (R + 1,), sum of Dice over slices with a mask, rounded.
+      dice_sum: float64 (R + 1,), sum of Dice over slices with blood in their mask, rounded.
       dice_slices: int64 (R + 1,), their number.
+      clear: int64 (R + 1, 3), slices whose mask is empty; those of them where the model marked AREAS_MM2[0] or more; the
+        area that it marked in all of them, whole cm2: exact sums would tell which patients a bootstrap sample holds.
+      found: int64 (R + 1, 2, AREAS), patients with masks, without and with blood in them, by the largest area that the model
+        marked in a slice of theirs.
       patients: number of patients with a label or a mask.
     """
 
@@ -66,6 +78,8 @@ class Tally:
     auc: float
     dice_sum: NDArray[np.float64]
     dice_slices: NDArray[np.int64]
+    clear: NDArray[np.int64]
+    found: NDArray[np.int64]
     patients: int
 
 
@@ -76,20 +90,24 @@ class Counts:
     Attributes:
       counts: int64 or float64 (R + 1, 2, BINS), slices without and with the marker per score bin; row 0 the patients as
         they are, rows 1 to R bootstrap samples. Fractions where a coarser count was spread over the bins.
-      dice_sum: float64 (R + 1,), sum of Dice over slices with a mask.
+      dice_sum: float64 (R + 1,), sum of Dice over slices with blood in their mask.
       dice_slices: int64 (R + 1,), their number.
+      clear: int64 (R + 1, 3), as in Tally.
+      found: int64 (R + 1, 2, AREAS), as in Tally.
       patients: number of patients with a label or a mask.
     """
 
     counts: Counted
     dice_sum: NDArray[np.float64]
     dice_slices: NDArray[np.int64]
+    clear: NDArray[np.int64]
+    found: NDArray[np.int64]
     patients: int
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95 % interval; all None where it is not defined (one class only, or no mask)."""
+    """A metric with its 95 % interval; all None where it is not defined (one class only, or no such slice)."""
 
     value: float | None
     low: float | None
@@ -133,11 +151,14 @@ class PatientCounts:
       labels: float64 (P, 2, BINS), slices without and with the marker per bin.
       dice_sum: float64 (P,).
       dice_slices: int64 (P,).
+      clear: float64 (P, 3), found: float64 (P, 2, AREAS); as in Tally.
     """
 
     labels: NDArray[np.float64]
     dice_sum: NDArray[np.float64]
     dice_slices: NDArray[np.int64]
+    clear: NDArray[np.float64]
+    found: NDArray[np.float64]
 
     def drawn(self, times: NDArray[np.float64]) -> Counts:
         """Sum the patients, each as often as it was drawn: (R + 1, P)."""
@@ -146,7 +167,11 @@ class PatientCounts:
             counts=np.rint(flat).astype(np.int64).reshape(len(times), *self.labels.shape[1:]),
             dice_sum=times @ self.dice_sum,
             dice_slices=np.rint(times @ self.dice_slices).astype(np.int64),
-            patients=int(((self.labels.sum((1, 2)) + self.dice_slices) > 0).sum()),
+            clear=np.rint(times @ self.clear).astype(np.int64),
+            found=np.rint(times @ self.found.reshape(len(self.found), 2 * AREAS))
+            .astype(np.int64)
+            .reshape(-1, 2, AREAS),
+            patients=int(((self.labels.sum((1, 2)) + self.dice_slices + self.clear[:, 0]) > 0).sum()),
         )
 
 
@@ -166,7 +191,29 @@ def per_patient_counts(scores: Scores, bins: NDArray[np.int64], size: int) -> Pa
         labels,
         np.bincount(owner[masked], weights=scores.dice[masked], minlength=len(patients)).astype(np.float64),
         np.bincount(owner[masked], minlength=len(patients)).astype(np.int64),
+        *_marked_counts(scores, owner, len(patients)),
     )
+
+
+def _marked_counts(
+    scores: Scores, owner: NDArray[np.int64], patients: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per patient, what was marked where there is no blood (P, 3), and the cell of the largest marked area (P, 2, AREAS)."""
+    clear, found = np.zeros((patients, 3)), np.zeros((patients, 2, AREAS))
+    if scores.marked_mm2 is None or scores.blood is None:
+        return clear, found
+    masked = ~np.isnan(scores.marked_mm2)
+    without = masked & ~scores.blood
+    area_mm2 = np.where(masked, scores.marked_mm2, 0.0)
+    for column, weight in enumerate((np.ones(len(owner)), area_mm2 >= AREAS_MM2[0], area_mm2 / 100)):
+        np.add.at(clear[:, column], owner[without], weight[without])
+    largest, bled = np.zeros(patients), np.zeros(patients, dtype=np.int64)
+    np.maximum.at(largest, owner[masked], area_mm2[masked])
+    bled[owner[masked & scores.blood]] = 1
+    looked = np.unique(owner[masked])
+    cell = np.searchsorted(AREAS_MM2, largest, side="right")
+    found[looked, bled[looked], cell[looked]] = 1
+    return clear, found
 
 
 def draw_patients(patients: int, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -193,6 +240,8 @@ def merge_counts(tallies: Iterable[Counts]) -> Counts:
         counts=np.sum([part.counts for part in parts], axis=0),
         dice_sum=np.sum([part.dice_sum for part in parts], axis=0),
         dice_slices=np.sum([part.dice_slices for part in parts], axis=0),
+        clear=np.sum([part.clear for part in parts], axis=0),
+        found=np.sum([part.found for part in parts], axis=0),
         patients=sum(part.patients for part in parts),
     )
 
@@ -246,7 +295,11 @@ def roc_points(counts: Counted) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def summarise(counts: Counts, threshold_bin: int | None) -> dict[str, Estimate]:
-    """AUC, F1 at a given threshold and mean Dice, each with its 95 % interval over patients.
+    """Every metric with its 95 % interval over patients.
+
+    auc, f1: of the marker, over slices. dice: mean over slices with blood. alarms: share of the slices without blood in which
+    the model marks some. false_mm2: mean area that it marks there. detection: AUC of a patient with blood against one
+    without, by the largest marked area.
 
     Args:
       counts: of one site, or of several merged.
@@ -254,12 +307,16 @@ def summarise(counts: Counts, threshold_bin: int | None) -> dict[str, Estimate]:
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         dice = counts.dice_sum / counts.dice_slices
+        clear = counts.clear[:, 1:] / counts.clear[:, :1]
     labelled = round(counts.counts[0].sum())
     f1_rows = np.full(len(dice), np.nan) if threshold_bin is None else f1(counts.counts, threshold_bin)
     return {
         "auc": _estimate(auc(counts.counts), labelled, counts.patients),
         "f1": _estimate(f1_rows, labelled, counts.patients),
         "dice": _estimate(dice, int(counts.dice_slices[0]), counts.patients),
+        "alarms": _estimate(clear[:, 0], int(counts.clear[0, 0]), counts.patients),
+        "false_mm2": _estimate(100 * clear[:, 1], int(counts.clear[0, 0]), counts.patients),
+        "detection": _estimate(auc(counts.found), int(counts.clear[0, 0]), int(counts.found[0].sum())),
     }
 
 

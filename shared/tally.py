@@ -16,7 +16,17 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.metrics import Counts, Scores, Tally, auc, check_finite, draw_patients, merge_counts, per_patient_counts
+from shared.metrics import (
+    AREAS,
+    Counts,
+    Scores,
+    Tally,
+    auc,
+    check_finite,
+    draw_patients,
+    merge_counts,
+    per_patient_counts,
+)
 
 STEPS = 32
 # Narrow around a logit of 0 (.1), wide at the ends (1.6 at 8): scores spread widely once a model is sure, hardly before.
@@ -32,7 +42,7 @@ def tally_scores(scores: Scores, least: int, replicates: int, rng: np.random.Gen
 
     Args:
       scores: of slices of one hospital.
-      least: fewest patients of a cell; where fewer have a label, or a mask, their counts are 0.
+      least: fewest patients of a cell; where fewer have a label, blood in their masks, or an empty mask, those counts are 0.
       replicates: number R of bootstrap samples; 0 for none.
       rng: draws them; of a deployed site the operating system's randomness, so that two tallies share no draws.
     Raises:
@@ -43,8 +53,12 @@ def tally_scores(scores: Scores, least: int, replicates: int, rng: np.random.Gen
     found = per_patient_counts(scores, steps, STEPS)
     if (found.labels.sum((1, 2)) > 0).sum() < least:
         found.labels[:] = 0
-    if (found.dice_slices > 0).sum() < least:
+    if few_bled := (found.dice_slices > 0).sum() < least:
         found.dice_sum[:], found.dice_slices[:] = 0, 0
+    if few_clear := (found.clear[:, 0] > 0).sum() < least:
+        found.clear[:] = 0
+    if few_bled or few_clear:
+        found.found[:] = 0
     edges = joined(found.labels.sum(1) > 0, least)
     counts = found.drawn(draw_patients(len(found.labels), replicates, rng))
     return Tally(
@@ -53,8 +67,26 @@ def tally_scores(scores: Scores, least: int, replicates: int, rng: np.random.Gen
         auc=_own_auc(scores) if counts.counts[0].any() else 0.5,
         dice_sum=np.minimum(np.rint(counts.dice_sum / DICE_STEP) * DICE_STEP, counts.dice_slices),
         dice_slices=counts.dice_slices,
+        clear=counts.clear,
+        found=_joined_areas(counts.found, least),
         patients=counts.patients,
     )
+
+
+def _joined_areas(found: NDArray[np.int64], least: int) -> NDArray[np.int64]:
+    """Patients by marked area, cells of fewer than `least` joined with the next, in the place of the first of them."""
+    present = found[0].sum(0)
+    result = np.zeros_like(found)
+    starts, inside = [0], 0
+    for cell in range(AREAS - 1):
+        inside += int(present[cell])
+        if inside >= least:
+            starts.append(cell + 1)
+            inside = 0
+    if inside + int(present[-1]) < least and len(starts) > 1:
+        starts.pop()
+    result[..., starts] = np.add.reduceat(found, starts, axis=-1)
+    return result
 
 
 def joined(present: NDArray[np.bool_], least: int) -> NDArray[np.int64]:
@@ -105,7 +137,7 @@ def spread(tally: Tally) -> Counts:
             high = tilt
     mixed = tally.counts[0].sum(-1).all()
     rows = _spread_over(tally, (low + high) / 2 if mixed else 0.0, rows=len(tally.counts))
-    return Counts(rows, tally.dice_sum, tally.dice_slices, tally.patients)
+    return Counts(rows, tally.dice_sum, tally.dice_slices, tally.clear, tally.found, tally.patients)
 
 
 def pooled(tallies: Iterable[Tally]) -> Counts:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from client.training.muon import build_muon
 from shared.config import RunConfig
-from shared.model.batches import Batch, Inputs, batches_in, epoch_batches, make_batch, make_inputs
+from shared.model.batches import Batch, Inputs, make_batch, make_inputs
 from shared.model.losses import TaskBalance, slice_losses
+from shared.model.sampling import make_sampler
 from shared.model.scoring import build_model
 from shared.model.swin import VARIANTS, MultiTaskSwin, autocast
 from shared.refusals import Refusal, Refused
@@ -200,13 +201,14 @@ def train_round(
     seed = round_seed(config.run.seed, site, round_number)
     generator = torch.Generator().manual_seed(seed)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()} if proximal_mu else {}
-    steps_total = config.train.epochs * batches_in(len(inputs), config.train.batch)
+    sampler = make_sampler(inputs.label, inputs.mask[inputs.place], config.train.sampling)
+    steps_total = config.train.epochs * sampler.steps(config.train.batch)
     sums, steps, started = torch.zeros(4, dtype=torch.float64), 0, time.perf_counter()
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # stochastic depth
         for epoch in range(config.train.epochs):
-            for chosen in epoch_batches(len(inputs), config.train.batch, generator):
+            for chosen in sampler.epoch(config.train.batch, generator):
                 batch = make_batch(inputs, chosen, config.train.augment, generator).to(device)
                 optimisers.set_rate(
                     rate_share(config, (round_number - 1 + steps / steps_total) / config.federation.rounds)
@@ -222,7 +224,7 @@ def train_round(
                 sums += torch.cat([means, total[None]]).double().cpu() * len(chosen)
                 steps += 1
             progress(f"site {site!r} round {round_number}: epoch {epoch + 1} of {config.train.epochs}")
-    slices = config.train.epochs * len(inputs)
+    slices = config.train.epochs * sampler.size
     return RoundReport(steps, slices, *sums.tolist(), time.perf_counter() - started)
 
 

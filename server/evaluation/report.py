@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from server.storage.lines import RoundLine, SiteSummary, Summary
 from server.storage.run_folder import EXAMPLES, load_tallies, read_config, read_rounds, read_summary
-from shared.metrics import roc_points
+from shared.metrics import AREAS_MM2, roc_points
 from shared.page import COLOURS, STYLE, data_uri, plain_axes, svg_uri
 from shared.tally import pooled
 
@@ -33,13 +33,13 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% endfor %}</div>
 
 <h2>How good</h2>
-<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). F1 at the threshold that was best on the training hospitals' validation slices (a dash if their policies kept those counts). Hospitals count in cells of neighbouring scores with several patients each, so curves and F1 are interpolated within cells.{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
-<div class="scroll"><table><tr><th>Hospitals</th><th>Model</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th><th class="n">Slices</th><th class="n">Patients</th></tr>
+<p class="note">Slices of patients that were not trained on. Intervals: 95 %, bootstrap over patients within each hospital ({{ config.evaluation.replicates }} samples). Dice: mean over slices with blood. Alarms: share of the slices without blood in which the model marks {{ alarm_mm2|round|int }} mm² or more. Detection: AUC of a patient with blood against one without, by the largest area marked in a slice. F1 at the threshold that was best on the training hospitals' validation slices (a dash if their policies kept those counts). Hospitals count in cells of neighbouring scores with several patients each, so curves and F1 are interpolated within cells.{% if not unseen %} No held-out hospital has been tested yet: <code>hemafed-server evaluate</code>.{% endif %}</p>
+<div class="scroll"><table><tr><th>Hospitals</th><th>Model</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th><th class="n">Alarms</th><th class="n">Detection</th><th class="n">Slices</th><th class="n">Patients</th></tr>
 {% for row in main_rows %}<tr><td>{{ row.part }}</td><td>{{ row.stage }}</td>{% for m in row.metrics %}<td class="n">{{ m.value }} <span class="ci">{{ m.interval }}</span></td>{% endfor %}<td class="n">{{ row.slices }}</td><td class="n">{{ row.patients }}</td></tr>
 {% endfor %}</table></div>
 
 <h2>Per hospital</h2>
-<div class="scroll"><table><tr><th>Hospital</th><th>Part</th><th class="n">Patients</th><th class="n">Slices</th><th class="n">Positive</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th></tr>
+<div class="scroll"><table><tr><th>Hospital</th><th>Part</th><th class="n">Patients</th><th class="n">Slices</th><th class="n">Positive</th><th class="n">AUC</th><th class="n">F1</th><th class="n">Dice</th><th class="n">Alarms</th><th class="n">Detection</th></tr>
 {% for row in site_rows %}<tr><td>{{ row.site }}</td><td>{{ row.part }}</td><td class="n">{{ row.patients }}</td><td class="n">{{ row.slices }}</td><td class="n">{{ row.positives }}</td>{% for m in row.metrics %}<td class="n">{{ m.value }} <span class="ci">{{ m.interval }}</span></td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <p class="note">Patients, slices and positives count the whole hospital; a dash is a number that the hospital's policy held back or that is not defined.</p>
@@ -88,6 +88,7 @@ def write_report(run: Path) -> Path:
         main_rows=_main_rows(before, after),
         site_rows=_site_rows(summary, after),
         part_rows=_part_rows(rounds),
+        alarm_mm2=AREAS_MM2[0],
         refusals=[f"Round {r.round}: {site}: {why}" for r in rounds for site, why in r.refused.items()],
         curves=svg_uri(_curves(rounds)),
         roc=svg_uri(_roc(run)),
@@ -107,8 +108,8 @@ def metric_text(metric: dict | None) -> dict[str, str]:
 
 
 def _metrics(part: dict) -> list[dict[str, str]]:
-    """AUC, F1 and Dice of a part as text."""
-    return [metric_text(part.get(name)) for name in ("auc", "f1", "dice")]
+    """A part's metrics as text."""
+    return [metric_text(part.get(name)) for name in ("auc", "f1", "dice", "alarms", "detection")]
 
 
 def _cards(summary: Summary, before: dict, after: dict) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from shared.wire.records import UpdateError
 
 MOST_SLICES = 100_000_000  # of one hospital
 WHOLE = ("patients", "slices", "positives", "steps")
+LARGEST_CM2 = 502  # of a slice of the cache, 224 x 224 mm
 _ROUNDING = 1e-6  # of sums of Dice, per slice
 
 
@@ -60,7 +61,7 @@ def check_tally(tally: Tally, counts: Mapping[str, int]) -> None:
     """
     if not counts.keys() >= {"patients", "slices"}:
         raise UpdateError("counts of scores, and at 'hello' it withheld how many patients and slices it has")
-    labelled, masked = int(tally.counts[0].sum()), int(tally.dice_slices[0])
+    labelled, masked = int(tally.counts[0].sum()), int(tally.dice_slices[0] + tally.clear[0, 0])
     _check_most("patients", tally.patients, counts)
     _check_most("slices", max(labelled, masked), counts)
     _check_most("positives", int(tally.counts[0, 1].sum()), counts)
@@ -72,8 +73,12 @@ def check_tally(tally: Tally, counts: Mapping[str, int]) -> None:
     # more than all of them that often.
     if (tally.counts[1:] > tally.counts[0] * max(tally.patients, 1)).any():
         raise UpdateError("a bootstrap sample with scores that no patient has")
-    if (tally.dice_slices[1:] > masked * max(tally.patients, 1)).any():
+    if (tally.dice_slices[1:] + tally.clear[1:, 0] > masked * max(tally.patients, 1)).any():
         raise UpdateError("a bootstrap sample with masks that no patient has")
+    if tally.found[0].sum() > tally.patients or (tally.found[1:] > tally.found[0] * max(tally.patients, 1)).any():
+        raise UpdateError("patients by marked area whom the hospital does not have")
+    if (tally.clear[:, 2] > tally.clear[:, 0] * LARGEST_CM2).any():
+        raise UpdateError("more area marked than its slices have")
 
 
 def _check_most(name: str, number: float, counts: Mapping[str, int]) -> None:

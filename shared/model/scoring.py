@@ -18,7 +18,7 @@ from shared.model.batches import read_batch
 from shared.model.losses import dice_score
 from shared.model.starting import load_starting, starting_file
 from shared.model.swin import VARIANTS, MultiTaskSwin, autocast
-from shared.slices import SliceCache
+from shared.slices import PIXEL_MM, SIDE_PX, SliceCache
 
 BATCH = 32
 _LEAST_PROBABILITY = 1e-6
@@ -68,9 +68,10 @@ def score_slices(
     """
     device = next(model.parameters()).device
     model.eval()
+    pixel_mm2 = (SIDE_PX * PIXEL_MM / model.shape.image_size) ** 2
     sets = list(heads) or [{}]
     segments = not heads or all(any(name.startswith("seg.") for name in state) for state in heads)
-    logits, dices = [], []
+    logits, dices, areas, bloods = [], [], [], []
     for start in range(0, len(rows), BATCH):
         batch = read_batch(cache, rows[start : start + BATCH], settings.windows(), model.shape.image_size).to(device)
         with autocast(precision, device):
@@ -85,11 +86,17 @@ def score_slices(
             probability += marker.float().sigmoid() / len(sets)
             hematoma_BYX += region_BYX.float().sigmoid() / len(sets)
         logits.append(probability.clamp(_LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY).logit())
-        dice = dice_score((hematoma_BYX > 0.5).float(), batch.mask)
-        dices.append(torch.where(batch.has_mask & segments, dice, torch.nan))
+        marked_BYX = (hematoma_BYX > 0.5).float()
+        blood = batch.mask.flatten(1).any(1)
+        dice = dice_score(marked_BYX, batch.mask)
+        dices.append(torch.where(batch.has_mask & blood & segments, dice, torch.nan))
+        areas.append(torch.where(batch.has_mask & segments, marked_BYX.sum((1, 2)) * pixel_mm2, torch.nan))
+        bloods.append(blood)
     return Scores(
         logit=torch.cat(logits).double().cpu().numpy() if logits else np.zeros(0),
         label=cache.label[rows].astype(np.float64),
         dice=torch.cat(dices).double().cpu().numpy() if dices else np.zeros(0),
         patient=cache.patient[rows],
+        marked_mm2=torch.cat(areas).double().cpu().numpy() if areas else np.zeros(0),
+        blood=torch.cat(bloods).cpu().numpy() if bloods else np.zeros(0, np.bool_),
     )

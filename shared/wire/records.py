@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.errors import HemafedError
 from shared.groups import group
-from shared.metrics import Tally
+from shared.metrics import AREAS, Tally
 from shared.tally import STEPS
 from shared.wire.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 
@@ -173,6 +173,8 @@ def tally_to_arrays(tally: Tally) -> dict[str, NDArray[Any]]:
         "auc": np.array([tally.auc], dtype=np.float64),
         "dice_sum": tally.dice_sum.astype(np.float64),
         "dice_slices": tally.dice_slices.astype(np.int32),
+        "clear": tally.clear.astype(np.int32),
+        "found": tally.found.astype(np.int32),
         "patients": np.array([tally.patients], dtype=np.int32),
     }
 
@@ -197,12 +199,16 @@ def tally_from_arrays(values: Mapping[str, NDArray[Any]], replicates: int) -> Ta
         raise UpdateError(f"tally edges: expected rising steps from 0 to {STEPS}")
     if values["auc"][0] > 1 or (dice_sum > dice_slices).any():
         raise UpdateError("tally auc and dice_sum: expected an area of at most 1, and no Dice above 1")
+    if (values["clear"][:, 1] > values["clear"][:, 0]).any():
+        raise UpdateError("tally clear: more alarms than slices without blood")
     return Tally(
         edges=edges.astype(np.int64),
         counts=values["counts"].astype(np.int64),
         auc=float(values["auc"][0]),
         dice_sum=dice_sum,
         dice_slices=dice_slices.astype(np.int64),
+        clear=values["clear"].astype(np.int64),
+        found=values["found"].astype(np.int64),
         patients=int(values["patients"][0]),
     )
 
@@ -222,6 +228,8 @@ def _tally_arrays(replicates: int, cells: int) -> dict[str, tuple[type, tuple[in
         "auc": (np.float64, (1,)),
         "dice_sum": (np.float64, (rows,)),
         "dice_slices": (np.int32, (rows,)),
+        "clear": (np.int32, (rows, 3)),
+        "found": (np.int32, (rows, 2, AREAS)),
         "patients": (np.int32, (1,)),
     }
 

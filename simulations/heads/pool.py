@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from client.dicom.pixels import AIR_HU, clamp_hu
 from client.ingest.resample import head_centre, resample
+from simulations.drawing import drawing_pool
 from simulations.heads.bleeding import INTRACEREBRAL, Bleeding
 from simulations.heads.scan import Patient, Scanned, sample_patient, sample_scan, scan_slice
 from simulations.heads.template import load_template
-from simulations.heads.workers import drawing_pool
 from simulations.phantom.draw_caches import ct_slice
 
 DRAWING = 3  # raised with every change of a drawn slice

@@ -25,8 +25,8 @@ from client.dicom.pixels import AIR_HU, clamp_hu
 from client.ingest.labels import assign_splits
 from client.ingest.resample import head_centre, resample
 from shared.slices import SliceCache
+from simulations.drawing import drawing_pool
 from simulations.heads.scanner import MATRIX, Scanner
-from simulations.heads.workers import drawing_pool
 from simulations.phantom.dicom_export import slice_place
 from simulations.phantom.hospitals import Hospital
 from simulations.phantom.patient import sample_case

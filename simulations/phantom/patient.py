@@ -38,7 +38,8 @@ class Cohort:
       prevalence: share of patients with a hematoma of the brain who have the marker.
       age: mean, 0 (young) to 2 (old): ventricles and sulci widen, the white matter darkens.
       lesion_radius_mm: mean radius of a hematoma.
-      lobar: share of lobar (not deep, cerebellar or brainstem) hematomas.
+      lobar: share of lobar hematomas; the rest are deep.
+      infratentorial: share of hematomas of the cerebellum and the brainstem.
       pose_degree: standard deviation of the head's rotation in plane.
       lookalikes: share of hematomas without the marker that show a sign that resembles it.
       style: how the reader outlines, one of STYLES.
@@ -53,6 +54,7 @@ class Cohort:
     age: float = 1.2
     lesion_radius_mm: float = 14.0
     lobar: float = 0.4
+    infratentorial: float = 0.1
     pose_degree: float = 4.0
     lookalikes: float = 0.5
     style: str = "exact"
@@ -108,8 +110,9 @@ def _sample_bleedings(rng: np.random.Generator, cohort: Cohort) -> tuple[Bleedin
     radius = float(np.clip(rng.normal(cohort.lesion_radius_mm, 3.5), 7.0, 26.0))
     if rng.random() < cohort.others:
         return (sample_bleeding(rng, str(rng.choice(OTHERS, p=_OTHER_SHARES)), radius),)
-    deep = 1 - cohort.lobar
-    kind = str(rng.choice(INTRACEREBRAL, p=[0.82 * deep, cohort.lobar, 0.12 * deep, 0.06 * deep]))
+    below = cohort.infratentorial
+    shares = [(1 - below) * (1 - cohort.lobar), (1 - below) * cohort.lobar, below * 2 / 3, below / 3]
+    kind = str(rng.choice(INTRACEREBRAL, p=shares))
     clot = sample_bleeding(rng, kind, radius)
     clot = replace(clot, sign=_sample_sign(rng, cohort, clot.radii))
     if kind == "deep" and rng.random() < _INTO_VENTRICLES:

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from shared.site import SiteError
-from simulations.heads.workers import drawing_pool
+from simulations.drawing import drawing_pool
 from simulations.phantom.dicom_export import ct_image, segmentation, uid
 from simulations.phantom.hospitals import HOSPITALS, Hospital
 from simulations.phantom.patient import sample_case

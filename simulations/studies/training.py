@@ -25,8 +25,9 @@ from server.storage.checkpoint import Moments, read_tensors, write_tensors
 from shared.config import FederationSettings, RunConfig
 from shared.errors import HemafedError
 from shared.groups import groups_shared
-from shared.model.batches import Batch, batches_in, read_batch
+from shared.model.batches import Batch, read_batch
 from shared.model.losses import slice_losses
+from shared.model.sampling import make_sampler
 from shared.model.scoring import best_device
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
@@ -233,6 +234,10 @@ def read_trained(folder: Path) -> Trained:
 
 def with_steps(config: RunConfig, caches: Mapping[str, SliceCache], steps: int) -> RunConfig:
     """The config with as many rounds as give every site about `steps` steps."""
-    batches = [batches_in(len(cache.rows("train")), config.train.batch) for cache in caches.values()]
-    per_round = config.train.epochs * float(np.mean(batches))
+    steps_of = []
+    for cache in caches.values():
+        rows = cache.rows("train")
+        sampler = make_sampler(cache.label[rows], cache.masks[rows], config.train.sampling)
+        steps_of.append(sampler.steps(config.train.batch))
+    per_round = config.train.epochs * float(np.mean(steps_of))
     return replace(config, federation=replace(config.federation, rounds=max(1, round(steps / per_round))))

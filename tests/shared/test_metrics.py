@@ -5,6 +5,8 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from shared.metrics import (
+    AREAS,
+    AREAS_MM2,
     BINS,
     Counts,
     Estimate,
@@ -226,15 +228,57 @@ def test_the_curve_encloses_the_auc() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_hold_their_value(seed: int) -> None:
     tally = count_scores(made_scores(seed, patients=60), 400, rng(seed))
-    for name, estimate in summarise(tally, best_threshold(tally.counts[0])).items():
+    estimates = summarise(tally, best_threshold(tally.counts[0]))
+    for name in ("auc", "f1", "dice"):
+        estimate = estimates[name]
         assert 0 <= estimate.low < estimate.value < estimate.high <= 1, name
         assert estimate.high - estimate.low < 0.25, name
         assert estimate.n_patients == 60
 
 
+def no_marks(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((rows, 3), int), np.zeros((rows, 2, AREAS), int)
+
+
+def marked_scores() -> Scores:
+    """Patients a and b without blood, b marked in one of two slices; c and d with, d found and c missed."""
+    nothing = np.full(8, np.nan)
+    return Scores(
+        logit=np.zeros(8),
+        label=nothing,
+        dice=np.array([np.nan, np.nan, np.nan, np.nan, np.nan, 0.0, np.nan, 0.8]),
+        patient=np.array(list("aabbccdd")),
+        marked_mm2=np.array([0.0, 12.0, 0.0, 250.0, 20.0, 0.0, 0.0, 1500.0]),
+        blood=np.array([False] * 5 + [True, False, True]),
+    )
+
+
+def test_what_is_marked_where_there_is_no_blood_is_counted_by_slice_and_by_patient() -> None:
+    counts = count_scores(marked_scores(), 50, rng())
+    assert counts.clear[0].tolist() == [6, 1, 3]
+    assert counts.found[0].tolist() == [[1, 0, 1, 0, 0], [1, 0, 0, 0, 1]]
+    assert counts.patients == 4
+    estimates = summarise(counts, None)
+    assert estimates["alarms"].value == pytest.approx(1 / 6)
+    assert estimates["false_mm2"].value == pytest.approx(50)
+    largest, bled = [12, 250, 20, 1500], [0, 0, 1, 1]
+    cells = np.searchsorted(AREAS_MM2, largest, side="right")
+    assert estimates["detection"].value == pytest.approx(roc_auc_score(bled, cells))
+    assert estimates["dice"].value == pytest.approx(0.4)
+    two = merge_counts([counts, counts])
+    assert two.clear[0].tolist() == [12, 2, 6]
+    assert summarise(two, None)["detection"].value == estimates["detection"].value
+
+
+def test_a_bootstrap_sample_draws_a_patient_with_all_that_was_marked() -> None:
+    counts = count_scores(marked_scores(), 200, rng())
+    assert (counts.found.sum((1, 2)) == 4).all()
+    assert (counts.clear[:, 1] == counts.found[:, 0, 2]).all()  # b's alarm comes and goes with b
+
+
 def test_the_interval_is_the_middle_of_the_bootstrap() -> None:
     dice = np.concatenate([[0.5], np.arange(101) / 100])
-    tally = Counts(np.zeros((102, 2, BINS), int), dice * 4, np.full(102, 4), 9)
+    tally = Counts(np.zeros((102, 2, BINS), int), dice * 4, np.full(102, 4), *no_marks(102), 9)
     # 2.5th and 97.5th percentile of 0, 0.01, ... 1; row 0 is not among them.
     assert summarise(tally, 200)["dice"] == Estimate(0.5, pytest.approx(0.025), pytest.approx(0.975), 4, 9)
 
@@ -243,7 +287,7 @@ def test_samples_without_a_positive_are_left_out_of_the_interval() -> None:
     counts = np.zeros((4, 2, BINS), int)
     counts[:, 0, 100] = 3
     counts[[0, 1, 3], 1, 300] = 1
-    estimate = summarise(Counts(counts, np.zeros(4), np.zeros(4, int), 4), 200)["auc"]
+    estimate = summarise(Counts(counts, np.zeros(4), np.zeros(4, int), *no_marks(4), 4), 200)["auc"]
     assert estimate == Estimate(1.0, 1.0, 1.0, n_slices=4, n_patients=4)
 
 

@@ -139,3 +139,39 @@ def test_areas_of_small_hospitals_stay_close(least: int, mean: float, most: floa
     found = differences(stored_cases(every=8), least)
     assert abs(found["auc"].mean()) < mean
     assert np.abs(found["auc"]).max() < most
+
+
+def marked(patients: int, bled: int, largest: float = 0.0) -> Scores:
+    """Patients of two slices, the first `bled` of them with blood in one; nothing marked but in the last, `largest`."""
+    count = 2 * patients
+    blood = np.zeros(count, bool)
+    blood[: 2 * bled : 2] = True
+    area = np.zeros(count)
+    area[-1] = largest
+    dice = np.where(blood, 0.5, np.nan)
+    owner = np.repeat(np.arange(patients), 2).astype(str)
+    return Scores(np.zeros(count), np.full(count, np.nan), dice, owner, area, blood)
+
+
+def test_a_cell_of_marked_areas_holds_enough_patients() -> None:
+    tally = tally_scores(marked(20, 8, largest=500.0), 5, 10, np.random.default_rng(0))
+    assert tally.found[0].sum() == 20
+    assert tally.found[0].sum(0).tolist() == [20, 0, 0, 0, 0]  # the one who stands out is joined with the others
+    assert tally.clear[0].tolist() == [32, 1, 5]
+    many = tally_scores(marked(20, 8, largest=500.0), 1, 10, np.random.default_rng(0))
+    assert many.found[0].sum(0).tolist() == [19, 1, 0, 0, 0]  # in the place of the first cell that was joined
+
+
+@pytest.mark.parametrize("bled", [3, 17])
+def test_of_too_few_patients_with_or_without_blood_no_areas_leave(bled: int) -> None:
+    scores = marked(20, bled)
+    if bled == 17:  # only three patients have a slice without
+        keep = np.ones(40, bool)
+        keep[1 : 2 * bled : 2] = False
+        scores = Scores(
+            *(getattr(scores, n)[keep] for n in ("logit", "label", "dice", "patient", "marked_mm2", "blood"))
+        )
+    tally = tally_scores(scores, 5, 10, np.random.default_rng(0))
+    assert not tally.found.any()
+    assert tally.clear.any() == (bled == 3)
+    assert tally.dice_slices.any() == (bled == 17)

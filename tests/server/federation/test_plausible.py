@@ -20,8 +20,10 @@ def honest(replicates: int = 50) -> Tally:
     draw = np.random.default_rng(3)
     label = (np.arange(60) % 2).astype(float)
     patient = np.array([f"p{n // 3}" for n in range(60)])
-    dice = np.where(np.arange(60) % 4, draw.random(60), np.nan)
-    return tally_scores(Scores(draw.normal(size=60), label, dice, patient), 5, replicates, draw)
+    blood = np.arange(60) % 4 > 0
+    dice = np.where(blood, draw.random(60), np.nan)
+    area = draw.choice([0.0, 50.0, 400.0], 60)
+    return tally_scores(Scores(draw.normal(size=60), label, dice, patient, area, blood), 5, replicates, draw)
 
 
 def changed(row: int, place: tuple[int, int], value: int) -> Tally:
@@ -51,6 +53,10 @@ def test_what_an_honest_hospital_counts_is_taken_whatever_it_withholds() -> None
         (changed(7, (1, 0), 10**4), "a bootstrap sample with scores that no patient has"),
         (changed(7, (1, int(honest().counts[0, 1].argmax())), 10**6), "a bootstrap sample with scores that no"),
         (replace(honest(), dice_slices=honest().dice_slices + np.eye(51, dtype=int)[9] * 10**6), "with masks that no"),
+        (replace(honest(), clear=honest().clear * 5), "slices, and at 'hello' it had 60"),
+        (replace(honest(), clear=honest().clear * [1, 1, 10**5]), "more area marked than its slices have"),
+        (replace(honest(), found=honest().found * 2), "patients by marked area whom the hospital does not have"),
+        (replace(honest(), found=honest().found + np.eye(51, dtype=int)[9][:, None, None] * 10**5), "by marked area"),
     ],
 )
 def test_a_tally_that_cannot_be_is_refused(tally: Tally, told: str) -> None:
@@ -62,7 +68,7 @@ def test_a_tally_that_cannot_be_is_refused(tally: Tally, told: str) -> None:
 def test_more_positives_or_patients_than_slices_are_refused_whatever_was_said_before() -> None:
     with pytest.raises(UpdateError, match="positives, and at 'hello' it had 29"):
         check_tally(honest(), COUNTS | {"positives": 29})
-    with pytest.raises(UpdateError, match="counts of 1000 patients in 105 slices"):
+    with pytest.raises(UpdateError, match="counts of 1000 patients in 120 slices"):
         check_tally(replace(honest(), patients=1000), {"patients": 1000, "slices": 1000})
 
 

@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from shared.groups import groups_shared
-from shared.metrics import Tally
+from shared.metrics import AREAS, Tally
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.tally import STEPS
 from shared.wire.records import (
@@ -50,7 +50,9 @@ def small_tally(replicates: int = 4) -> Tally:
     draw = np.random.default_rng(0)
     rows = replicates + 1
     edges, counts = np.array([0, 4, 9, STEPS]), draw.integers(0, 9, (rows, 2, 3))
-    return Tally(edges, counts, 0.75, draw.random(rows) * 5, draw.integers(5, 9, rows), 12)
+    clear, found = draw.integers(4, 9, (rows, 3)), draw.integers(0, 3, (rows, 2, AREAS))
+    clear[:, 0] = 9
+    return Tally(edges, counts, 0.75, draw.random(rows) * 5, draw.integers(5, 9, rows), clear, found, 12)
 
 
 def test_a_record_brings_every_bit() -> None:
@@ -204,6 +206,9 @@ def test_a_tally_arrives_as_it_was() -> None:
         ("dice_sum", np.full(5, np.inf), "tally dice_sum: expected finite"),
         ("dice_sum", np.zeros(6), r"tally dice_sum: float64 \(6,\), expected float64 \(5,\)"),
         ("dice_slices", np.zeros((5, 1), np.int32), "tally dice_slices"),
+        ("clear", np.full((5, 3), -1, np.int32), "tally clear: expected finite values from 0"),
+        ("clear", np.array([[3, 4, 0]] * 5, np.int32), "more alarms than slices without blood"),
+        ("found", np.zeros((5, 2, 9), np.int32), r"tally found: int32 \(5, 2, 9\), expected int32 \(5, 2, 5\)"),
         ("patients", np.array([-1], np.int32), "tally patients: expected finite values from 0"),
     ],
 )
@@ -224,7 +229,7 @@ def test_a_tally_without_an_array_or_with_another_is_refused() -> None:
     del record["patients"]
     with pytest.raises(
         UpdateError,
-        match=r"lacks \(patients\) .* expected \['auc', 'counts', 'dice_slices', 'dice_sum', 'edges', 'patients'\]",
+        match=r"lacks \(patients\) .* expected \['auc', 'clear', 'counts', 'dice_slices', 'dice_sum', 'edges', 'found', 'patients'\]",
     ):
         tally_from_record(record, replicates=4)
     record = tally_to_record(small_tally())
