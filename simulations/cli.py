@@ -111,10 +111,34 @@ def heads_command(
     picture: Annotated[Path, typer.Argument(help="PNG file to write")] = Path("heads.png"),
     outlines: Annotated[bool, typer.Option(help="outline bleedings")] = True,
     seed: Annotated[int, typer.Option(help="decides the heads")] = 0,
+    real: Annotated[Path | None, typer.Option(help="folder of real DICOM, shown first")] = None,
 ) -> None:
     """Draw 48 random heads from a brain template, with bleedings of nine kinds, on one picture."""
-    write_sheet(picture, seed, outlines)
-    say(f"{picture}: 48 heads, window 0 to 80 HU")
+    from simulations.phantom.realism import read_slices  # scikit-learn is slow to load
+
+    silence_readers()
+    write_sheet(picture, seed, outlines, read_slices(real) if real else ())
+    say(f"{picture}: 48 slices, window 0 to 80 HU{', the real ones first' if real else ''}")
+
+
+@app.command("realism")
+def realism_command(
+    folder: Annotated[Path, typer.Argument(help="with DICOM files of real heads")],
+    drawn: Annotated[int, typer.Option(help="slices to draw beside them", min=8)] = 48,
+    seed: Annotated[int, typer.Option(help="decides the drawn ones")] = 0,
+) -> None:
+    """Measure how easily a small classifier tells drawn slices from real ones, patch by patch."""
+    from simulations.phantom.realism import compare  # scikit-learn is slow to load
+
+    silence_readers()
+    try:
+        result = compare(folder, drawn, seed)
+    except HemafedError as error:
+        fail(error)
+    say(
+        f"AUC {result.auc:.3f} (.5: cannot tell, 1: always can); {result.real_patches} patches of {result.real_slices} real slices, "
+        f"{result.drawn_patches} of {result.drawn_slices} drawn"
+    )
 
 
 @app.command("pretrain")

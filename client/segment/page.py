@@ -105,4 +105,4 @@ def _most(series: SegmentedSeries) -> tuple[int, float]:
 def _picture(series: SegmentedSeries) -> Picture:
     best, area = _most(series)
     one = series.images[best]
-    return Picture(f"{series.name[:8]}, {area:.0f} mm²" if area else series.name[:8], one.small_hu, one.small_mask)
+    return Picture(f"{series.name[:8]}, {area:.0f} mm2" if area else series.name[:8], one.small_hu, one.small_mask)

@@ -20,6 +20,7 @@ from simulations.heads.head import Head
 from simulations.heads.skull import outside
 from simulations.heads.template import Template, sample
 
+_HIGHEST_TENTORIUM_MM = 16.0  # above it lie neither tentorium nor the sinuses and arteries below
 CENTRE_MM = (0.0, -18.0, 8.0)  # of the patient's frame, in MNI152
 
 
@@ -133,33 +134,36 @@ def _fluid(head: Head, fluid: Tensor, depth: Tensor, ventricle: Tensor) -> Tenso
 def _membranes(head: Head, hu: Tensor, points: Tensor, depth: Tensor, outer: Tensor) -> Tensor:
     """Falx, tentorium, venous sinuses and the arteries at the base."""
     x, y, z = points.unbind(-1)
+    aside = x.abs()
     inside = soft(depth, 0.7)
-    across = x + 0.8 * outer[3]
     free = ((y + 8) / 66) ** 2 + ((z + 2) / 42) ** 2  # beyond the free edge of the falx, above the corpus callosum
-    falx = bump(across, 0.9) * soft(free - 1, 0.05) * soft(z + 12, 2) * inside
-    roof = 7 - 0.46 * x.abs() - 0.0022 * (y + 62) ** 2 + 1.0 * outer[3]
-    tent = (
-        bump(z - roof, 1.1)
-        * soft(-18 - 0.25 * x.abs() - y, 2)
-        * inside
-        * soft(x.abs() - 0.14 * (y + 95).clamp(min=0), 2)
-    )
+    sheet = 0.8 * bump(x + 0.8 * outer[3], 0.9) * soft(free - 1, 0.05) * soft(z + 12, 2) * inside
+    sinus = soft(5.5 - depth - 0.9 * aside, 1.0) * soft(z + 5, 3) * soft(60 - y, 5)  # the sagittal one
+    low = float(z.min()) < _HIGHEST_TENTORIUM_MM
+    if low:
+        roof = 7 - 0.46 * aside - 0.0022 * (y + 62) ** 2 + 1.0 * outer[3]
+        edge = soft(-18 - 0.25 * aside - y, 2) * soft(aside - 0.14 * (y + 95).clamp(min=0), 2)
+        sheet = torch.maximum(sheet, 0.55 * bump(z - roof, 1.1) * edge * inside)
+        transverse = soft(6.5 - depth, 1.0) * soft(3.8 - (z - roof + 2).abs(), 1.0) * soft(-32 - y, 4)
+        straight = soft(2.8 - torch.hypot(x, z - (6 - 0.42 * (-45 - y).clamp(min=0))), 0.7) * soft(-45 - y, 2)
+        sinus = torch.maximum(torch.maximum(sinus, transverse), straight)
     membrane = head.falx + 0.35 * head.contrast
-    hu = hu + torch.maximum(0.8 * falx, 0.55 * tent) * (membrane - hu) * (hu < membrane)
-    sagittal = soft(5.5 - depth - 0.9 * x.abs(), 1.0) * soft(z + 5, 3) * soft(60 - y, 5)
-    transverse = soft(6.5 - depth, 1.0) * soft(3.8 - (z - roof + 2).abs(), 1.0) * soft(-32 - y, 4)
-    straight = soft(2.8 - torch.hypot(x, z - (6 - 0.42 * (-45 - y).clamp(min=0))), 0.7) * soft(-45 - y, 2)
-    sinus = torch.maximum(torch.maximum(sagittal, transverse), straight) * inside
-    hu = hu + sinus * (head.vessels + 3 + head.contrast - hu)
+    hu = hu + sheet * (membrane - hu) * (hu < membrane)
+    hu = hu + sinus * inside * (head.vessels + 3 + head.contrast - hu)
+    return hu + _arteries(x, y, z, outer) * (head.vessels - 4 + head.contrast - hu) if low else hu
+
+
+def _arteries(x: Tensor, y: Tensor, z: Tensor, outer: Tensor) -> Tensor:
+    """Middle cerebral and basilar artery and the carotids; share of each pixel."""
+    aside = x.abs()
     middle = (
-        soft(1.5 - torch.hypot(z + 14 - 0.15 * (x.abs() - 12), y - 3 + 0.25 * (x.abs() - 12) + outer[3]), 0.6)
-        * soft(42 - x.abs(), 3)
-        * soft(x.abs() - 7, 1)
+        soft(1.5 - torch.hypot(z + 14 - 0.15 * (aside - 12), y - 3 + 0.25 * (aside - 12) + outer[3]), 0.6)
+        * soft(42 - aside, 3)
+        * soft(aside - 7, 1)
     )
     basilar = soft(1.8 - torch.hypot(x + outer[3], y + 14 - 0.2 * (z + 25)), 0.6) * soft(-14 - z, 1) * soft(z + 45, 1)
-    carotid = soft(2.2 - torch.hypot(x.abs() - 12, y - 2), 0.6) * soft(-12 - z, 1) * soft(z + 24, 1)
-    artery = torch.maximum(torch.maximum(middle, basilar), carotid)
-    return hu + artery * (head.vessels - 4 + head.contrast - hu)
+    carotid = soft(2.2 - torch.hypot(aside - 12, y - 2), 0.6) * soft(-12 - z, 1) * soft(z + 24, 1)
+    return torch.maximum(torch.maximum(middle, basilar), carotid)
 
 
 def to_scanner(head: Head, place: tuple[float, float, float]) -> tuple[float, float, float]:
