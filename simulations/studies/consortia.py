@@ -14,6 +14,7 @@ from simulations.phantom.patient import FEATURES, Cohort
 
 TRAINING = tuple(h for h in HOSPITALS if h.role == "train")
 HELD_OUT = tuple(h for h in HOSPITALS if h.role == "held-out")
+_SIZED = "hospitals of "
 TRAINING_RHO = 0.9  # how strongly a planted feature goes with the marker where models train
 
 
@@ -121,12 +122,15 @@ def consortium(name: str) -> Consortium:
     """A study's hospitals by name.
 
     Args:
-      name: "hospitals", "causes", "ages", "protocols" or "planted FEATURE" with one of FEATURES.
+      name: "hospitals", "hospitals of N" with N patients each where models train, "causes", "ages", "protocols" or "planted FEATURE" with one of FEATURES.
     Raises:
       KeyError: no such consortium.
     """
     if name == "hospitals":
         return Consortium(TRAINING, {"unseen": HELD_OUT})
+    if name.startswith(_SIZED) and name.removeprefix(_SIZED).isdigit():
+        patients = int(name.removeprefix(_SIZED))
+        return Consortium(tuple(replace(h, patients=patients) for h in TRAINING), {"unseen": HELD_OUT})
     if name == "causes":
         causes = {cause: (_changed(_REFERENCE, *change),) for cause, change in CAUSES.items()}
         return Consortium(TRAINING, {"unseen": HELD_OUT} | causes)

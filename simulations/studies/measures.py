@@ -68,9 +68,13 @@ def score(voters: Sequence[Voter], cache: SliceCache, rows: NDArray[np.int64], c
 
 
 def scores_as_json(scores: Scores) -> dict:
-    """Scores as small lists: two decimals, labels as a string of 1, 0 and -, patients by number."""
+    """Scores as small lists: two decimals, labels as a string of 1, 0 and -, blood of 1 and 0, patients by number."""
     _, patient = np.unique(scores.patient, return_inverse=True)
-    return {
+    marked = {}
+    if scores.marked_mm2 is not None and scores.blood is not None:
+        marked["marked_mm2"] = [None if np.isnan(v) else round(float(v)) for v in scores.marked_mm2]
+        marked["blood"] = "".join(str(int(v)) for v in scores.blood)
+    return marked | {
         "patient": patient.tolist(),
         "label": "".join("-" if np.isnan(v) else str(int(v)) for v in scores.label),
         "logit": [round(float(v), 2) for v in scores.logit],
@@ -83,9 +87,15 @@ def scores_from_json(content: Mapping) -> Scores:
     return Scores(
         logit=np.array(content["logit"], np.float64),
         label=np.array([np.nan if v == "-" else float(v) for v in content["label"]]),
-        dice=np.array([np.nan if v is None else v for v in content["dice"]], np.float64),
+        dice=_known(content["dice"]),
         patient=np.array([f"{number:04d}" for number in content["patient"]]),
+        marked_mm2=_known(content["marked_mm2"]) if "marked_mm2" in content else None,
+        blood=np.array([v == "1" for v in content["blood"]]) if "blood" in content else None,
     )
+
+
+def _known(values: list[float | None]) -> NDArray[np.float64]:
+    return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
 def attention(voter: Voter, caches: Mapping[str, SliceCache], config: RunConfig) -> dict[str, float]:

@@ -59,7 +59,12 @@ def _metrics(content: str, validation: str, seed: int) -> dict[str, Rows]:
     """Metrics of a group of hospitals, each with its bootstrap samples; F1 at the threshold that validation chooses."""
     tally = _tally(content, seed, REPLICATES)
     with np.errstate(invalid="ignore", divide="ignore"):
-        metrics = {"auc": auc(tally.counts), "dice": tally.dice_sum / tally.dice_slices}
+        metrics = {
+            "auc": auc(tally.counts),
+            "dice": tally.dice_sum / tally.dice_slices,
+            "alarms": tally.clear[:, 1] / tally.clear[:, 0],
+            "detection": auc(tally.found),
+        }
     if validation != "null":
         metrics["f1"] = f1(tally.counts, best_threshold(_tally(validation, seed, 0).counts[0]))
     return metrics

@@ -28,8 +28,9 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def scores_table(experiment: Experiment) -> str:
-    """Seen and unseen AUC, the gap, F1, Dice, and the difference to the reference on unseen hospitals."""
+    """Seen and unseen AUC, the gap, the difference to the reference, and what is marked on unseen hospitals."""
     head = ["arm", "AUC seen", "AUC unseen", "gap", f"unseen, minus {experiment.reference}", "F1 unseen", "Dice unseen"]
+    head += ["alarms unseen", "detection unseen"]
     reference = read_result(experiment, experiment.reference)
     lines = []
     for arm in experiment.arms:
@@ -40,7 +41,7 @@ def scores_table(experiment: Experiment) -> str:
         seen, unseen = result.rows("seen"), result.rows("unseen")
         difference = "" if reference is None or arm.name == experiment.reference else _difference(result, reference)
         trained = result.contents[0]["config"]["loss.seg"] > 0
-        dice = text(result.rows("unseen", "dice")) if trained else "–"
+        marked = [text(result.rows("unseen", name)) if trained else "–" for name in ("dice", "alarms", "detection")]
         lines.append(
             [
                 arm.name,
@@ -49,7 +50,7 @@ def scores_table(experiment: Experiment) -> str:
                 text(seen - unseen, True),
                 difference,
                 text(result.rows("unseen", "f1")),
-                dice,
+                *marked,
             ]
         )
     return table(head, lines)
