@@ -74,7 +74,10 @@ def tally_scores(scores: Scores, least: int, replicates: int, rng: np.random.Gen
 
 
 def _joined_areas(found: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-    """Patients by marked area, cells of fewer than `least` joined with the next, in the place of the first of them."""
+    """Patients by marked area, cells of fewer than `least` joined with the next, in the place of the first of them.
+
+    All are 0 where one cell would hold everybody: it would say of nobody more than of the others.
+    """
     present = found[0].sum(0)
     result = np.zeros_like(found)
     starts, inside = [0], 0
@@ -85,7 +88,8 @@ def _joined_areas(found: NDArray[np.int64], least: int) -> NDArray[np.int64]:
             inside = 0
     if inside + int(present[-1]) < least and len(starts) > 1:
         starts.pop()
-    result[..., starts] = np.add.reduceat(found, starts, axis=-1)
+    if len(starts) > 1:
+        result[..., starts] = np.add.reduceat(found, starts, axis=-1)
     return result
 
 

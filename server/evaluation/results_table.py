@@ -53,10 +53,10 @@ def result_table(summary: Summary) -> Table:
     """Metrics with intervals: seen and unseen, before and after, and each hospital."""
     caption = (
         "with 95 % intervals: bootstrap over patients; Dice: of slices with blood; alarms: share of slices without blood where some "
-        "is marked; detection: AUC of a patient with blood"
+        "is marked; found: AUC of a patient with blood"
     )
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-    for name in ("hospitals", "AUC", "F1", "Dice", "alarms", "detection", "slices", "patients"):
+    for name in ("hospitals", "AUC", "F1", "Dice", "alarms", "found", "slices", "patients"):
         table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
     before, after = summary.evaluation_before_training, summary.evaluation
     for part, label in (("seen", "seen"), ("unseen", "unseen")):
@@ -71,11 +71,8 @@ def result_table(summary: Summary) -> Table:
 
 def _cells(result: dict) -> list[str]:
     """A row's numbers."""
-    texts = [metric_text(result[name]) for name in ("auc", "f1", "dice")]
-    plain = [metric_text(result.get(name))["value"] for name in ("alarms", "detection")]
-    return [
-        *(f"{t['value']} {t['interval']}".strip() for t in texts),
-        *plain,
-        str(result["auc"]["n_slices"]),
-        str(result["auc"]["n_patients"]),
-    ]
+    text = {name: metric_text(result.get(name)) for name in ("auc", "f1", "dice", "alarms", "detection")}
+    both = {name: f"{t['value']} {t['interval']}".strip() for name, t in text.items()}
+    plain = {name: t["value"] for name, t in text.items()}
+    counts = [str(result["auc"][name]) for name in ("n_slices", "n_patients")]
+    return [both["auc"], plain["f1"], both["dice"], plain["alarms"], plain["detection"], *counts]

@@ -155,9 +155,13 @@ def marked(patients: int, bled: int, largest: float = 0.0) -> Scores:
 
 def test_a_cell_of_marked_areas_holds_enough_patients() -> None:
     tally = tally_scores(marked(20, 8, largest=500.0), 5, 10, np.random.default_rng(0))
-    assert tally.found[0].sum() == 20
-    assert tally.found[0].sum(0).tolist() == [20, 0, 0, 0, 0]  # the one who stands out is joined with the others
+    assert not tally.found.any()  # the one who stands out is joined with the others, and one cell says nothing
     assert tally.clear[0].tolist() == [32, 1, 5]
+    scores = marked(20, 8)
+    scores.marked_mm2[:12] = 200.0  # of six patients, in one or both of their slices
+    scores.marked_mm2[38] = 5000.0
+    tally = tally_scores(scores, 5, 10, np.random.default_rng(0))
+    assert tally.found[0].sum(0).tolist() == [13, 7, 0, 0, 0]
     many = tally_scores(marked(20, 8, largest=500.0), 1, 10, np.random.default_rng(0))
     assert many.found[0].sum(0).tolist() == [19, 1, 0, 0, 0]  # in the place of the first cell that was joined
 
