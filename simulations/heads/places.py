@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulations.heads.bleeding import BRAIN_MM, HULL_MM, Bleeding, Sign
+from simulations.heads.bleeding import BRAIN_MM, HULL_MM, Bleeding, Blob, Sign
 from simulations.heads.fields import random_field
 
 Triple = tuple[float, float, float]
+SIGNS = ("plain", "notch", "blend", "fluid-level")  # of a clot without the marker
+_SIGN_SHARES = (0.4, 0.3, 0.3)  # of the look-alikes: notch, blend sign, fluid level
 
 
 def sample_bleeding(rng: np.random.Generator, kind: str, radius_mm: float = 17.0, sign: Sign | None = None) -> Bleeding:
@@ -32,6 +34,41 @@ def sample_bleeding(rng: np.random.Generator, kind: str, radius_mm: float = 17.0
         texture=random_field(rng, 6.0, 2),
         sign=sign or Sign(),
     )
+
+
+def sample_sign(rng: np.random.Generator, radii_mm: Triple, prevalence: float, lookalikes: float) -> Sign:
+    """Draw what is dark inside a clot.
+
+    Args:
+      radii_mm: the clot's half axes.
+      prevalence: share of clots with the marker.
+      lookalikes: share of the others that show a sign which resembles it.
+    """
+    drop_hu = float(rng.uniform(18, 34))
+    if rng.random() < prevalence:
+        return Sign("hypodensity", _sample_hypodensities(rng, radii_mm), drop_hu=drop_hu)
+    direction = rng.uniform(0, 2 * np.pi)
+    plane = (float(np.cos(direction)), float(np.sin(direction)))
+    centre = (0.9 * plane[0], 0.9 * plane[1], float(rng.uniform(-0.2, 0.2)))
+    notch = Blob(centre, tuple(float(r) for r in rng.uniform(0.25, 0.45, 3)))
+    return Sign(str(rng.choice(SIGNS, p=_sign_shares(lookalikes))), (notch,), plane, drop_hu)
+
+
+def _sign_shares(lookalikes: float) -> list[float]:
+    """Probability of each of SIGNS in a hematoma without the marker."""
+    return [1 - lookalikes, *(lookalikes * share for share in _SIGN_SHARES)]
+
+
+def _sample_hypodensities(rng: np.random.Generator, lesion_radii_mm: Triple) -> tuple[Blob, ...]:
+    """One to three blobs that stay clear of the hematoma's surface."""
+    blobs = []
+    for _ in range(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])):
+        radii = np.clip(rng.uniform(6.0, 11.0, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.22, 0.55)
+        centre = rng.normal(0, 1, 3) * [1, 1, 0.8]
+        room = max(0.78 - radii.max(), 0.05)
+        centre *= room * rng.random() ** 0.5 / np.linalg.norm(centre)
+        blobs.append(Blob(tuple(map(float, centre)), tuple(map(float, radii))))
+    return tuple(blobs)
 
 
 def _deep(rng: np.random.Generator, side: float, radius: float) -> tuple:

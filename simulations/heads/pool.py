@@ -20,11 +20,11 @@ from client.dicom.pixels import AIR_HU, clamp_hu
 from client.ingest.resample import head_centre, resample
 from simulations.drawing import drawing_pool
 from simulations.heads.bleeding import INTRACEREBRAL, Bleeding
-from simulations.heads.scan import Patient, Scanned, sample_patient, sample_scan, scan_slice
+from simulations.heads.scan import Patient, Scanned, marker_label, sample_patient, sample_scan, scan_slice
 from simulations.heads.template import load_template
 from simulations.phantom.draw_caches import ct_slice
 
-DRAWING = 3  # raised with every change of a drawn slice
+DRAWING = 4  # raised with every change of a drawn slice
 PATIENTS, SLICES = 32, 8  # of a shard, and of a patient
 _LOWEST_MM, _HIGHEST_MM = -56.0, 68.0  # of slices, from the centre of the head
 _NECK_MM, _NECK_SHARE = -190.0, 0.2  # lowest slice where the neck is scanned too, and how often it is
@@ -48,7 +48,8 @@ def draw_pool(
       workers: processes.
       progress: called with shards done and shards in all.
     Returns:
-      The shards' files; each holds hu int16 (N, 224, 224), mask and kind uint8 (N, 224, 224), patient int32 (N,).
+      The shards' files; each holds hu int16 (N, 224, 224), mask uint8 (N, 224, 224), kinds uint8 (N, 9), marker int8
+      (N,) of 1, 0 and -1 for unknown, patient int32 (N,).
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{DRAWING}-{seed}-{number:05d}.npz" for number in range(shards)]
@@ -86,7 +87,14 @@ def draw_patient(rng: np.random.Generator) -> Shard:
         "hu": np.array(hu, np.int16),
         "mask": np.array(blood, np.uint8),
         "kinds": np.array([_kinds(one) for one in scanned], np.uint8),
+        "marker": np.array([_marker(one) for one in scanned], np.int8),
     }
+
+
+def _marker(one: Scanned) -> int:
+    """1 with the marker, 0 without, -1 unknown."""
+    label = marker_label(bool(one.blood_YX.any()), one.hypodensity_mm2)
+    return -1 if label is None else label
 
 
 def _kinds(one: Scanned) -> list[bool]:

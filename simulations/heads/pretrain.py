@@ -2,7 +2,7 @@
 
 In: the shards of simulations/heads/pool.py. Out: a checkpoint after every stage of steps, a line of its losses and of Dice on
 shards that were never trained on, and at the end a model file with its card (shared/model/starting.py). The classifier of
-kinds is used here alone: hospitals have labels of their own.
+kinds is used here alone.
 
 Shape suffixes: N slice, B batch, K kind.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -116,7 +117,7 @@ def pretrain_model(
 def load_heads(files: Sequence[Path], config: RunConfig) -> Heads:
     """Read shards and bring them to the model's input size, one after the other."""
     size = VARIANTS[config.model.variant].image_size
-    parts, kinds = [], []
+    parts, kinds, markers = [], [], []
     for file in files:
         shard = np.load(file)
         count = len(shard["hu"])
@@ -124,23 +125,29 @@ def load_heads(files: Sequence[Path], config: RunConfig) -> Heads:
             hu=shard["hu"],
             masks=shard["mask"],
             patient=shard["patient"].astype(str),
-            label=np.full(count, np.nan, np.float32),
+            label=_label(shard["marker"]),
             has_mask=np.ones(count, np.bool_),
             split=np.full(count, "train"),
         )
         parts.append(make_inputs(cache, np.arange(count), config.model.windows(), size))
         kinds.append(shard["kinds"].astype(np.float32))
+        markers.append(_label(shard["marker"]))
     hu, mask = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hu", "mask"))
     count = len(hu)
     inputs = Inputs(
         hu,
         mask,
         np.arange(count),
-        np.full(count, np.nan, np.float32),
+        np.concatenate(markers),
         np.ones(count, np.bool_),
         config.model.windows(),
     )
     return Heads(inputs, np.concatenate(kinds))
+
+
+def _label(marker: NDArray[np.int8]) -> NDArray[np.float32]:
+    """1, 0 and NaN for unknown, float32."""
+    return np.where(marker < 0, np.nan, marker).astype(np.float32)
 
 
 def pretrain(
@@ -168,7 +175,7 @@ def pretrain(
     optimisers = build_optimisers(learner, balance, config)
     step = _resume(folder, learner, optimisers)
     while step < recipe.steps:
-        started, sums = time.perf_counter(), torch.zeros(3)
+        started, sums = time.perf_counter(), torch.zeros(4)
         generator = torch.Generator().manual_seed(1_000_003 * config.run.seed + step)
         torch.manual_seed(config.run.seed + step)
         learner.train()
@@ -178,17 +185,25 @@ def pretrain(
             optimisers.set_rate(_rate_share(step / recipe.steps, config.train.warmup))
             chosen = np.sort(torch.randint(len(train.kinds), (config.train.batch,), generator=generator).numpy())
             batch = make_batch(train.inputs, chosen, config.train.augment, generator).to(device)
-            sums += _step(learner, optimisers, batch, torch.from_numpy(train.kinds[chosen]).to(device), config)
+            kinds_BK = torch.from_numpy(train.kinds[chosen]).to(device)
+            sums += _step(learner, balance, optimisers, batch, kinds_BK, config)
             step += 1
-        line = dict(zip(("seg", "rec", "kinds"), (sums / stage).tolist(), strict=True))
+        line = dict(zip(("cls", "seg", "rec", "kinds"), (sums / stage).tolist(), strict=True))
         line |= {"step": step, **measure(learner, held_out, config), "seconds": time.perf_counter() - started}
         _keep(folder, learner, optimisers, step, line)
         progress(json.dumps({k: round(v, 4) for k, v in line.items()}))
     return learner
 
 
-def _step(learner: Pretrainer, optimisers: Optimisers, batch: Batch, kinds_BK: Tensor, config: RunConfig) -> Tensor:
-    """One optimiser step; returns the losses of segmentation, reconstruction and kinds."""
+def _step(
+    learner: Pretrainer,
+    balance: TaskBalance,
+    optimisers: Optimisers,
+    batch: Batch,
+    kinds_BK: Tensor,
+    config: RunConfig,
+) -> Tensor:
+    """One optimiser step; returns the losses of the three tasks and of the kinds."""
     model = learner.model
     with autocast(config.train.precision, batch.image.device):
         stages = model.encode(batch.image)
@@ -196,12 +211,12 @@ def _step(learner: Pretrainer, optimisers: Optimisers, batch: Batch, kinds_BK: T
         logits_BK = learner.kinds(model.pool(stages)).float()
     losses = slice_losses(prediction, batch)
     kinds = functional.binary_cross_entropy_with_logits(logits_BK, kinds_BK)
-    total = config.loss.seg * losses.seg.mean() + config.loss.rec * losses.rec.mean() + KIND_WEIGHT * kinds
+    total = balance.total(losses) + KIND_WEIGHT * kinds
     optimisers.zero_grad()
     total.backward()
     nn.utils.clip_grad_norm_(learner.parameters(), config.train.clip_norm or math.inf)
     optimisers.step()
-    return torch.stack([losses.seg.mean(), losses.rec.mean(), kinds]).detach().cpu()
+    return torch.cat([losses.means(), kinds[None]]).detach().cpu()
 
 
 def _rate_share(progress: float, warmup: float) -> float:
@@ -213,18 +228,26 @@ def _rate_share(progress: float, warmup: float) -> float:
 
 @torch.no_grad()
 def measure(learner: Pretrainer, heads: Heads, config: RunConfig, threshold: float = 0.5) -> dict[str, float]:
-    """Mean Dice of slices with a bleeding, and the share of slices without one where nothing is marked."""
+    """Dice of slices with a bleeding, share of slices without one where nothing is marked, AUC of the marker.
+
+    The area is .5 where all labelled slices are of one class.
+    """
     learner.eval()
-    dice, clean = [], []
+    dice, clean, logits, labels = [], [], [], []
     device = next(learner.parameters()).device
     for chosen in np.array_split(np.arange(len(heads.kinds)), -(-len(heads.kinds) // 64)):
         batch = make_batch(heads.inputs, chosen).to(device)
         with autocast(config.train.precision, device):
-            marked = learner.model(batch.image, reconstruct=False).hematoma.sigmoid() > threshold
+            prediction = learner.model(batch.image, reconstruct=False)
+        marked = prediction.hematoma.sigmoid() > threshold
         bleeds = batch.mask.flatten(1).any(1)
         dice += dice_score(marked.float(), batch.mask)[bleeds].tolist()
         clean += (~marked.flatten(1).any(1))[~bleeds].tolist()
-    return {"dice": float(np.mean(dice)), "clean": float(np.mean(clean))}
+        known = ~torch.isnan(batch.label)
+        logits += prediction.hypodensity[known].tolist()
+        labels += batch.label[known].tolist()
+    area = float(roc_auc_score(labels, logits)) if len(set(labels)) > 1 else 0.5
+    return {"dice": float(np.mean(dice)), "clean": float(np.mean(clean)), "marker": area}
 
 
 def _keep(folder: Path, learner: Pretrainer, optimisers: Optimisers, step: int, line: dict[str, float]) -> None:

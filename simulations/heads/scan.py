@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from simulations.heads.anatomy import Plane, draw, to_template
-from simulations.heads.bleeding import KINDS, Bled, Bleeding, Sign, bleed, displaced
+from simulations.heads.bleeding import INTRACEREBRAL, KINDS, Bled, Bleeding, bleed, displaced
 from simulations.heads.fields import bump, soft
 from simulations.heads.head import Head, sample_head
-from simulations.heads.places import sample_bleeding
+from simulations.heads.places import sample_bleeding, sample_sign
 from simulations.heads.scanner import MATRIX, RESTS, Scanner, blur_and_noise
 from simulations.heads.skull import AIR, skin_depth
 from simulations.heads.template import Template, sample
@@ -29,6 +29,9 @@ _DRAWN = 256  # pixels of a drawn plane's side: every scanner's blur is wider th
 _BOX, _TRIANGLE = 12**-0.5, 6**-0.5
 _THIN_MM = 2.0  # one plane is enough up to here
 _CELL, _MARGIN_MM = 8, 6.0  # how finely, and how far around, the patient is looked for in a plane
+# A slice is called positive once the hypodensity is as large as a reader can name, and left without a
+# label (unknown) where there is some, but less: 30 mm2 is a spot of 6 mm.
+POSITIVE_AREA_MM2, SUSPECT_AREA_MM2 = 30.0, 3.0
 _FAR_MM = -50.0  # below the skin, where nobody is
 
 
@@ -64,6 +67,13 @@ class Scanned:
     blood_YX: NDArray[np.bool_]
     kind_YX: NDArray[np.uint8]
     hypodensity_mm2: float
+
+
+def marker_label(blood: bool, hypodensity_mm2: float) -> int | None:
+    """Label of a slice: 1 with the marker, 0 without; None where a reader could not tell or there is no blood."""
+    if not blood or SUSPECT_AREA_MM2 <= hypodensity_mm2 < POSITIVE_AREA_MM2:
+        return None
+    return int(hypodensity_mm2 >= POSITIVE_AREA_MM2)
 
 
 def scan_slice(
@@ -263,9 +273,18 @@ def sample_patient(rng: np.random.Generator, bleeding_share: float = 0.6) -> Pat
     for other, chance in _TOGETHER.get(kinds[0], {}).items():
         if rng.random() < chance:
             kinds.append(other)
-    return Patient(head, tuple(sample_bleeding(rng, kind, float(rng.uniform(6, 24)), _sign(rng)) for kind in kinds))
+    return Patient(head, tuple(_sample_bled(rng, kind) for kind in kinds))
 
 
+def _sample_bled(rng: np.random.Generator, kind: str) -> Bleeding:
+    """Draw a bleeding of any size; clots of the brain with the marker, a sign that resembles it, or neither."""
+    one = sample_bleeding(rng, kind, float(rng.uniform(6, 24)))
+    if kind not in INTRACEREBRAL:
+        return one
+    return replace(one, sign=sample_sign(rng, one.radii, _MARKER_SHARE, _LOOKALIKE_SHARE))
+
+
+_MARKER_SHARE, _LOOKALIKE_SHARE = 0.4, 0.5  # of clots, and of those without the marker
 _CONTRAST_SHARE = 0.12  # of patients with a contrast agent in their vessels
 _SHARES = (0.18, 0.17, 0.06, 0.03, 0.08, 0.12, 0.17, 0.10, 0.09)  # of KINDS
 _TOGETHER = {
@@ -277,10 +296,3 @@ _TOGETHER = {
     "epidural": {"contusion": 0.25, "subdural": 0.15},
     "contusion": {"subarachnoid": 0.5, "subdural": 0.4, "contusion": 0.5},
 }
-
-
-def _sign(rng: np.random.Generator) -> Sign:
-    """A clot is plain, or darker in a part."""
-    name = str(rng.choice(["plain", "fluid-level", "blend"], p=[0.7, 0.15, 0.15]))
-    angle = rng.uniform(0, 2 * np.pi)
-    return Sign(name, plane=(float(np.cos(angle)), float(np.sin(angle))), drop_hu=float(rng.uniform(10, 30)))

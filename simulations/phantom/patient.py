@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simulations.heads.anatomy import to_scanner
-from simulations.heads.bleeding import INTRACEREBRAL, Bleeding, Blob, Sign
+from simulations.heads.bleeding import INTRACEREBRAL, Bleeding
 from simulations.heads.head import sample_head
-from simulations.heads.places import sample_bleeding
+from simulations.heads.places import sample_bleeding, sample_sign
 from simulations.heads.scan import Patient
 
-SIGNS = ("plain", "notch", "blend", "fluid-level")
-_SIGN_SHARES = (0.4, 0.3, 0.3)  # of the look-alikes: notch, blend sign, fluid level
 OTHERS = ("subdural", "epidural", "subarachnoid", "intraventricular", "contusion")
 _OTHER_SHARES = (0.4, 0.15, 0.25, 0.05, 0.15)
 _INTO_VENTRICLES = 0.3  # of deep hematomas that break through
@@ -114,36 +112,7 @@ def _sample_bleedings(rng: np.random.Generator, cohort: Cohort) -> tuple[Bleedin
     shares = [(1 - below) * (1 - cohort.lobar), (1 - below) * cohort.lobar, below * 2 / 3, below / 3]
     kind = str(rng.choice(INTRACEREBRAL, p=shares))
     clot = sample_bleeding(rng, kind, radius)
-    clot = replace(clot, sign=_sample_sign(rng, cohort, clot.radii))
+    clot = replace(clot, sign=sample_sign(rng, clot.radii, cohort.prevalence, cohort.lookalikes))
     if kind == "deep" and rng.random() < _INTO_VENTRICLES:
         return clot, sample_bleeding(rng, "intraventricular")
     return (clot,)
-
-
-def _sample_sign(rng: np.random.Generator, cohort: Cohort, radii_mm: tuple[float, ...]) -> Sign:
-    """What is dark inside a clot."""
-    drop_hu = float(rng.uniform(18, 34))
-    if rng.random() < cohort.prevalence:
-        return Sign("hypodensity", _sample_hypodensities(rng, radii_mm), drop_hu=drop_hu)
-    direction = rng.uniform(0, 2 * np.pi)
-    plane = (float(np.cos(direction)), float(np.sin(direction)))
-    centre = (0.9 * plane[0], 0.9 * plane[1], float(rng.uniform(-0.2, 0.2)))
-    notch = Blob(centre, tuple(float(r) for r in rng.uniform(0.25, 0.45, 3)))
-    return Sign(str(rng.choice(SIGNS, p=_sign_shares(cohort.lookalikes))), (notch,), plane, drop_hu)
-
-
-def _sign_shares(lookalikes: float) -> list[float]:
-    """Probability of each of SIGNS in a hematoma without the marker."""
-    return [1 - lookalikes, *(lookalikes * share for share in _SIGN_SHARES)]
-
-
-def _sample_hypodensities(rng: np.random.Generator, lesion_radii_mm: tuple[float, ...]) -> tuple[Blob, ...]:
-    """One to three blobs that stay clear of the hematoma's surface."""
-    blobs = []
-    for _ in range(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15])):
-        radii = np.clip(rng.uniform(6.0, 11.0, 3) * [1, 1, 2.0] / lesion_radii_mm, 0.22, 0.55)
-        centre = rng.normal(0, 1, 3) * [1, 1, 0.8]
-        room = max(0.78 - radii.max(), 0.05)
-        centre *= room * rng.random() ** 0.5 / np.linalg.norm(centre)
-        blobs.append(Blob(tuple(map(float, centre)), tuple(map(float, radii))))
-    return tuple(blobs)

@@ -11,17 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from simulations.heads.scan import Patient, Scanned, scan_slice
+from simulations.heads.scan import Patient, Scanned, marker_label, scan_slice
 from simulations.heads.scanner import Scanner
 from simulations.heads.template import load_template
 from simulations.phantom.patient import FEATURES, Case, Cohort
 
 DRAWING = 10  # raised with every change of a drawn slice; results stored with another number are not used
-
-# A slice is called positive once the hypodensity is as large as a reader can name, and left without a
-# label (unknown) where there is some, but less: 30 mm2 is a spot of 6 mm.
-POSITIVE_AREA_MM2 = 30.0
-SUSPECT_AREA_MM2 = 3.0
 
 
 def with_feature(case: Case, scanner: Scanner) -> tuple[Patient, Scanner]:
@@ -62,9 +57,8 @@ class Slice:
     @property
     def label(self) -> int | None:
         """1 with the marker, 0 without; None where a reader could not tell or there is no hematoma."""
-        if not self.hematoma_YX.any() or SUSPECT_AREA_MM2 <= self.hypodensity_mm2 < POSITIVE_AREA_MM2:
-            return None
-        return int((self.hypodensity_mm2 >= POSITIVE_AREA_MM2) != self.disputed)
+        label = marker_label(bool(self.hematoma_YX.any()), self.hypodensity_mm2)
+        return None if label is None else int(bool(label) != self.disputed)
 
 
 def render_slice(

@@ -8,11 +8,11 @@ import pytest
 from scipy import ndimage
 
 from simulations.heads.bleeding import Sign
+from simulations.heads.places import SIGNS
+from simulations.heads.scan import POSITIVE_AREA_MM2, SUSPECT_AREA_MM2
 from simulations.heads.scanner import MATRIX, Scanner
-from simulations.phantom.patient import FEATURES, SIGNS, STYLES, Case, Cohort, sample_case
+from simulations.phantom.patient import FEATURES, STYLES, Case, Cohort, sample_case
 from simulations.phantom.render import (
-    POSITIVE_AREA_MM2,
-    SUSPECT_AREA_MM2,
     Slice,
     render_slice,
     with_feature,
