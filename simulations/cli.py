@@ -24,7 +24,7 @@ from shared.config import ConfigError, parse_config
 from shared.errors import HemafedError
 from shared.host.console import Bars, console, fail, say
 from shared.site import read_site
-from simulations.heads.pretrain import pretrain_model
+from simulations.heads.pretrain import make_recipe, pretrain_model
 from simulations.heads.sheet import write_sheet
 from simulations.importers import IMPORTERS, SourceError
 from simulations.phantom.physics import physics_table
@@ -149,10 +149,12 @@ def pretrain_command(
     steps: Annotated[int, typer.Option(help="of training")] = 20_000,
     batch: Annotated[int, typer.Option(help="slices a step")] = 16,
     seed: Annotated[int, typer.Option(help="decides heads and training")] = 0,
+    begin: Annotated[str, typer.Option(help="go on from: synthetic, or a model file; empty for random weights")] = "",
 ) -> None:
     """Train a starting encoder on random heads; stopped and called again, it resumes."""
     try:
-        say(f"model: {pretrain_model(folder, variant, shards, steps, batch, seed, say)}")
+        recipe = make_recipe(variant, steps, batch, seed, begin)
+        say(f"model: {pretrain_model(folder, shards, recipe, say)}")
     except HemafedError as error:
         fail(error)
 

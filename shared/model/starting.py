@@ -1,8 +1,8 @@
 """The models that come with hemafed: trained on synthetic heads alone (simulations/heads), for federations to begin with.
 
-`model.pretrained = "synthetic"` takes encoder and decoders from `starting/<variant>.safetensors`; the classification head
-begins at random, because the heads have no labels. Every site has the files, so the initial model is still decided by run
-config and seed, and a hospital can check it. The same form of file holds a model that a run exported.
+`model.pretrained = "synthetic"` takes every weight from `starting/<variant>.safetensors`. Every site has the files, so the
+initial model is still decided by the run config, and a hospital can check it. The same form of file holds a model that a run
+exported.
 
 Nothing here is of a patient. A file's metadata is its card: variant, windows_hu, data, and how it was made and measured.
 """
@@ -27,7 +27,6 @@ from shared.errors import HemafedError
 from shared.model.swin import VARIANTS, MultiTaskSwin
 
 _PLACE = Path("shared", "model", "starting")
-PARTS = ("encoder.", "seg.", "rec.")  # of a model that a starting model gives
 
 
 class StartingModelError(HemafedError, ValueError):
@@ -107,7 +106,7 @@ def read_card(path: Path) -> Card:
 
 
 def load_starting(model: MultiTaskSwin, path: Path, settings: ModelSettings) -> None:
-    """Put encoder and decoders of a file into a model, in place.
+    """Put a file's weights into a model, in place.
 
     Args:
       model: of settings.variant.
@@ -122,24 +121,24 @@ def load_starting(model: MultiTaskSwin, path: Path, settings: ModelSettings) -> 
             f"{path} was trained as model.variant = {card.settings.variant!r} with model.windows_hu = "
             f"{card.settings.windows_hu!r}, and the run has {settings.variant!r} and {settings.windows_hu!r}; set both as the file has them"
         )
-    load_tensors(model, path, PARTS)
+    _load_tensors(model, path)
 
 
-def load_tensors(model: MultiTaskSwin, path: Path, parts: tuple[str, ...]) -> None:
-    """Put the file's tensors of these parts into a model, in place; fp16 becomes the model's dtype.
+def _load_tensors(model: MultiTaskSwin, path: Path) -> None:
+    """Put the file's tensors into a model, in place; fp16 becomes the model's dtype.
 
     Raises:
       StartingModelError: a tensor is missing, of another shape or not finite.
     """
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(parts)}
+    own = model.state_dict()
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         tensors = {name: file.get_tensor(name) for name in own if name in names}
     for name, value in own.items():
         if name not in tensors:
-            raise StartingModelError(f"{path} lacks tensor {name}; expected {len(own)} tensors of {', '.join(parts)}")
+            raise StartingModelError(f"{path} lacks tensor {name}; expected the model's {len(own)} tensors")
         _check(path, name, tensors[name], value)
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors)
 
 
 def read_model(path: Path) -> tuple[MultiTaskSwin, Card]:
@@ -150,7 +149,7 @@ def read_model(path: Path) -> tuple[MultiTaskSwin, Card]:
     """
     card = read_card(path)
     model = MultiTaskSwin(VARIANTS[card.settings.variant], in_channels=len(card.settings.windows()))
-    load_tensors(model, path, ("",))
+    _load_tensors(model, path)
     return model.eval(), card
 
 

@@ -9,6 +9,7 @@ Shape suffixes: N slice, B batch, K kind.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from client.training.round import Optimisers, build_optimisers
-from shared.config import RunConfig, parse_config
+from shared.config import SYNTHETIC, RunConfig, parse_config
 from shared.model.batches import Batch, Inputs, make_batch, make_inputs
 from shared.model.losses import TaskBalance, dice_score, slice_losses
 from shared.model.scoring import best_device, build_model
-from shared.model.starting import write_model
+from shared.model.starting import load_starting, read_card, starting_file, write_model
 from shared.model.swin import VARIANTS, MultiTaskSwin, Prediction, autocast
 from shared.slices import SliceCache
 from simulations.heads.bleeding import KINDS
@@ -48,11 +49,13 @@ class Recipe:
       steps: in all; the learning rate follows their share.
       stage: steps between two checkpoints.
       config: model, loss and train sections count.
+      begin: a model file to go on from; None for random weights.
     """
 
     steps: int
     stage: int
     config: RunConfig
+    begin: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,41 +80,60 @@ class Pretrainer(nn.Module):
         self.kinds = nn.Linear(model.shape.channels * 8, len(KINDS))
 
 
-def pretrain_model(
-    folder: Path, variant: str, shards: int, steps: int, batch: int, seed: int, say: Callable[[str], None]
-) -> Path:
-    """Draw a pool, train on it and write encoder and decoders.
+def make_recipe(variant: str, steps: int, batch: int, seed: int, begin: str) -> Recipe:
+    """The recipe of the models that come with hemafed.
+
+    Args:
+      variant: a key of VARIANTS.
+      steps, batch, seed: of the training.
+      begin: empty for random weights, "synthetic" for the model that comes with hemafed, or a model file.
+    Raises:
+      ConfigError: no such variant, or a number that no run config accepts.
+      StartingModelError: no starting model of this variant.
+    """
+    keys = {"model": {"variant": variant, "windows_hu": WINDOWS_HU}, "train": {"batch": batch}, "run": {"seed": seed}}
+    config = parse_config({f"{part}.{key}": value for part, section in keys.items() for key, value in section.items()})
+    file = starting_file(variant) if begin == SYNTHETIC else Path(begin) if begin else None
+    return Recipe(steps, min(500, steps), config, file)
+
+
+def pretrain_model(folder: Path, shards: int, recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """Draw a pool, train on it and write the model.
 
     Args:
       folder: keeps the pool, and in a folder of the variant the checkpoint, the curve and model.safetensors.
-      variant: a key of VARIANTS.
       shards: of the pool; one in twenty is held out, at least one.
-      steps, batch, seed: of the training.
+      recipe: how.
       say: called with a line per shard and per stage.
     Returns:
       The model's file, as shared/model/starting.py reads it.
     Raises:
-      ConfigError: no such variant, or a number that no run config accepts.
+      StartingModelError: the model to go on from does not fit.
     """
-    keys = {"model": {"variant": variant, "windows_hu": WINDOWS_HU}, "train": {"batch": batch}, "run": {"seed": seed}}
-    config = parse_config({f"{part}.{key}": value for part, section in keys.items() for key, value in section.items()})
+    config, own = recipe.config, folder / recipe.config.model.variant
+    facts = {"steps": recipe.steps, "batch": config.train.batch, "seed": config.run.seed} | _ancestor(recipe)
     files = draw_pool(
-        folder / "pool", seed, shards, os.cpu_count() or 1, lambda done, total: say(f"shard {done} of {total}")
+        folder / "pool",
+        config.run.seed,
+        shards,
+        os.cpu_count() or 1,
+        lambda done, total: say(f"shard {done} of {total}"),
     )
     held = max(len(files) // 20, 1)
     train, held_out = load_heads(files[held:], config), load_heads(files[:held], config)
-    learner = pretrain(folder / variant, train, held_out, Recipe(steps, min(500, steps), config), best_device(), say)
-    numbers = {
-        "slices": len(train.kinds),
-        "steps": steps,
-        "batch": batch,
-        "seed": seed,
-        "held_out": len(held_out.kinds),
-    }
-    measured = {name: round(value, 3) for name, value in measure(learner, held_out, config).items()}
-    path = folder / variant / "model.safetensors"
-    write_model(path, learner.model, config.model, {"data": DATA} | numbers | measured)
-    return path
+    learner = pretrain(own, train, held_out, recipe, best_device(), say)
+    facts |= {"slices": len(train.kinds), "held_out": len(held_out.kinds)}
+    facts |= {name: round(value, 3) for name, value in measure(learner, held_out, config).items()}
+    write_model(own / "model.safetensors", learner.model, config.model, {"data": DATA} | facts)
+    return own / "model.safetensors"
+
+
+def _ancestor(recipe: Recipe) -> dict[str, object]:
+    """What the card says of the model that the training went on from."""
+    if recipe.begin is None:
+        return {}
+    card, content = read_card(recipe.begin), recipe.begin.read_bytes()
+    return {"begun_with": hashlib.sha256(content).hexdigest(), "begun_steps": card.facts.get("steps", "not told")}
 
 
 def load_heads(files: Sequence[Path], config: RunConfig) -> Heads:
@@ -171,6 +193,8 @@ def pretrain(
     config = recipe.config
     torch.manual_seed(config.run.seed)
     learner = Pretrainer(build_model(config.model, config.run.seed)).to(device)
+    if recipe.begin is not None:
+        load_starting(learner.model, recipe.begin, config.model)
     balance = TaskBalance(config.loss).to(device)
     optimisers = build_optimisers(learner, balance, config)
     step = _resume(folder, learner, optimisers)

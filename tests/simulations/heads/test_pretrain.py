@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from shared.config import RunConfig
 from shared.model.scoring import build_model
-from shared.model.starting import PARTS, load_starting, read_card
+from shared.model.starting import load_starting, read_card, write_model
 from simulations.heads import pool
 from simulations.heads.pretrain import Heads, Recipe, load_heads, measure, pretrain, pretrain_model
 
@@ -78,13 +78,23 @@ def test_the_model_is_one_that_a_run_can_begin_with(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("simulations.heads.pretrain.draw_pool", lambda *_: [shard, shard])
-    file = pretrain_model(tmp_path, "demo", 2, 2, 4, 0, lambda line: None)
+    file = pretrain_model(tmp_path, 2, Recipe(2, 2, CONFIG), lambda line: None)
     model = build_model(CONFIG.model, 1)
     load_starting(model, file, CONFIG.model)
     stored = load_file(file)
-    started = {name: value for name, value in model.state_dict().items() if name.startswith(PARTS)}
-    assert all(torch.equal(stored[name].float(), value) for name, value in started.items())
+    assert all(torch.equal(stored[name].float(), value) for name, value in model.state_dict().items())
     facts = read_card(file).facts
     assert facts["steps"] == "2"
     assert 0 <= float(facts["dice"]) <= 1
     assert "synthetic" in facts["data"]
+
+
+def test_a_second_training_goes_on_from_a_model(heads: Heads, tmp_path: Path) -> None:
+    model = build_model(CONFIG.model, 7)
+    write_model(tmp_path / "first.safetensors", model, CONFIG.model, {})
+    recipe = Recipe(1, 1, replace(CONFIG, train=replace(CONFIG.train, matrix_rate=1e-9, learning_rate=1e-9)))
+    learner = pretrain(
+        tmp_path / "second", heads, heads, replace(recipe, begin=tmp_path / "first.safetensors"), torch.device("cpu")
+    )
+    weight = "patch_embed.proj.weight"
+    assert torch.allclose(learner.model.encoder.get_parameter(weight), model.encoder.get_parameter(weight), atol=1e-3)
