@@ -82,9 +82,11 @@ def segment_to_files(
             faults.append(one)
             continue
         faults += one.faults
-        if one.images and form != "seg":
+        if not one.images:
+            continue
+        if form != "seg":
             write_arrays(one, folder, out / "masks")
-        if one.images and form != "npy":
+        if form != "npy":
             fault = write_seg(one, out / "seg", about)
             faults += [fault] if fault else []
         done.append(_to_show(one))
