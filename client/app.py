@@ -33,6 +33,7 @@ from client.boundary.policy import (
 from client.boundary.this_site import this_node
 from client.boundary.way_out import way_out
 from client.training.evaluate import counted_patients, evaluate_model, initial_model, patients_in
+from client.training.exchange import make_update, read_global
 from client.training.local_state import LocalState, make_room
 from client.training.round import Learner, TrainError, build_learner, round_seed, train_round, training_inputs
 from client.training.round_numbers import RoundNumbers, coarse_losses, keep_numbers, open_round
@@ -48,7 +49,6 @@ from shared.wire.records import (
     Tensors,
     arrays_to_record,
     expected_shapes,
-    from_record,
     tally_to_arrays,
     tested_hash,
     to_arrays,
@@ -83,9 +83,9 @@ def train(message: Message, context: Context) -> Message:
     inputs = training_inputs(cache, config, site.name)
     shared = groups_shared(config.federation.share)
     make_room(site.state / "runs", order.run)
-    learner, state, _ = _local_learner(site, config, order.run, before=order.round_number)
+    learner, state, last = _local_learner(site, config, order.run, before=order.round_number)
     model = learner.model
-    received = from_record(order.arrays, expected_shapes(model.state_dict(), shared))
+    received = read_global(order, config, state, expected_shapes(model.state_dict(), shared))
     _check_beginning(site, config, order, received)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in received.items()}, strict=False)
 
@@ -113,15 +113,16 @@ def train(message: Message, context: Context) -> Message:
     if beside.wanted:
         made = RoundNumbers({PATIENTS: patients, **coarse_losses(report)}, tally, beside.model)
         beside = replace(beside, kept=keep_numbers(state.folder, order.round_number, made))
+    update, exchange = make_update(trained, received, config, state.exchange(last))
     state.save_footing(after_round(footing, order.round_number, received, trained))
-    state.save(learner, order.round_number)
+    state.save(learner, order.round_number, exchange)
     numbers = beside.kept
     return _reply(
         message,
         site,
         facts={"site": site.name} | ({"model": numbers.model} if numbers else {"withheld": beside.withheld}),
         metrics=dict(numbers.metrics) if numbers else None,
-        update=to_record(trained),
+        update=update,
         tallies={TALLY: arrays_to_record(numbers.tally)} if numbers else None,
     )
 

@@ -55,6 +55,7 @@ from shared.model.scoring import build_model
 from shared.model.swin import ModelError, load_pretrained
 from shared.site import SiteError
 from shared.slices import CacheError
+from shared.wire.codecs import PLAIN
 from shared.wire.foreign import shown
 from shared.wire.records import (
     Tensors,
@@ -131,7 +132,8 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
     shared = groups_shared(settings.share)
     arrays = to_arrays(model.state_dict(), shared)
     longest = longest_update(arrays)
-    moments, first = Moments(), 1
+    moments, first, holders = Moments(), 1, set()
+    held = {} if settings.codec == PLAIN else arrays
     if config.run.resume and not checkpoints(run / "checkpoint"):
         log.info("resuming before the first checkpoint: beginning with round 1")
     elif config.run.resume:
@@ -140,10 +142,12 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
             from_record(to_record(saved.arrays), expected_shapes(model.state_dict(), shared)),
             saved.round_number + 1,
         )
-        moments = saved.moments
+        moments, holders = saved.moments, set(saved.sites)
+        held = saved.held or held
         log.info(f"resuming after round {saved.round_number}")
 
     session = RunContext(grid, settings, run, longest, registered=partial(registered_nodes, run.parent.parent))
+    session.roster.holders |= holders
     # Whether the run can end with a whole model is better known before hospitals train for days.
     members = wait_for_quorum(session, partial(keeps_heads, settings))
     for member in members:
@@ -155,14 +159,17 @@ def federate(grid: Grid, config: RunConfig, run: Path) -> None:
         log.info("testing the initial model")
         heads = {"average": to_arrays(model.state_dict(), HEADS)}
         test_seen(grid, members, run, "initial", config, arrays, heads)
+        if not config.model.brought:  # every hospital builds the initial model itself
+            session.roster.holders |= {member.site for member in members}
 
     for number in range(first, settings.rounds + 1):
-        result = repeat_round(session, moments, arrays, number)
-        arrays, moments = result.arrays, result.moments
+        result = repeat_round(session, moments, arrays, number, held)
+        arrays, moments, held = result.arrays, result.moments, result.held
         line = describe_round(number, result)
         # The line first: of a round that is done again, the last line counts.
         write_patiently(run, partial(append_round, run, line))
-        write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, moments, list(result.sites)))
+        sites = list(result.sites)
+        write_patiently(run, partial(save_checkpoint, run / "checkpoint", number, arrays, moments, sites, held))
         log.info(round_text(line, settings.rounds))
 
     log.info("collecting heads and testing the final model")

@@ -144,6 +144,8 @@ class FederationSettings:
       faulty: of how many hospitals at a time the trimmed mean and Krum may be wrong.
       norm_bound: an update longer than this many times the round's median is shortened to it; 0 is no bound.
       share: "encoder" sends tensors under `encoder.` only, "all" the heads too.
+      codec: how tensors travel in a round, both ways: "fp32" whole; "fp16", "int8", "int4" or "int2" as differences in so many
+        bits a value (shared/wire/codecs.py).
       heads: what the global model uses as heads: average, ensemble or probe.
       quorum: fewest good updates for a round; below it the run waits, and asks for the round again.
       wait_s: how long it waits for a quorum of hospitals, and goes on asking for a round, before it stops with an error.
@@ -161,6 +163,7 @@ class FederationSettings:
     faulty: int = 1
     norm_bound: float = 0.0
     share: str = "encoder"
+    codec: str = "fp32"
     heads: str = "average"
     quorum: int = 2
     wait_s: float = 120.0
@@ -200,6 +203,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "federation.weights": ("equal", "patients"),
     "federation.rule": ("mean", "median", "trimmed-mean", "krum"),
     "federation.share": ("encoder", "all"),
+    "federation.codec": ("fp32", "fp16", "int8", "int4", "int2"),
     "federation.heads": ("average", "ensemble", "probe"),
 }
 _LEAST: dict[str, float] = {

@@ -40,6 +40,7 @@ class Refusal(IntEnum):
     NOT_FROM_CENTRE = 1018
     REPLAYED = 1019
     RUN_CONFIG = 1020
+    NOT_HELD = 1021
 
 
 _TEXTS = {
@@ -68,6 +69,7 @@ _TEXTS = {
     Refusal.NOT_FROM_CENTRE: "the site answers only what its centre signed",
     Refusal.REPLAYED: "the site answered this instruction before",
     Refusal.RUN_CONFIG: "the run config cannot be used by the site's version; run the same version as the site",
+    Refusal.NOT_HELD: "the site does not hold the tensors that the round's difference is to; it gets them whole when it is asked again",
 }
 _KEYS = {
     FIRST_KEY

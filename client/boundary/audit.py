@@ -247,8 +247,10 @@ def contents(content: RecordDict) -> dict[str, object]:
             whole, tensors = hashlib.sha256(), []
             for key, array in record.items():
                 whole.update(key.encode() + b"\0" + array.data)
-                norm = float(np.linalg.norm(array.numpy().astype(np.float64)))
-                tensors.append([key, list(array.shape), len(array.data), float(f"{norm:.6g}")])
+                values = array.numpy()
+                # Coded differences are bytes, whose length says nothing.
+                norm = None if values.dtype == np.uint8 else float(f"{np.linalg.norm(values.astype(np.float64)):.6g}")
+                tensors.append([key, list(array.shape), len(array.data), norm])
             described[name] = {"tensors": tensors, "sha256": whole.hexdigest()}
         else:
             described[name] = {key: value for key, value in record.items() if not isinstance(value, bytes)}

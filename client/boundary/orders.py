@@ -7,6 +7,7 @@ range, and what the run config also says must be the same there, because the hos
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from shared.config import RunConfig, is_name
 from shared.groups import TENSOR_GROUPS
 from shared.refusals import Refusal, Refused
+from shared.wire.codecs import PLAIN
 
-ORDER_KEYS = ("run", "server-round", "proximal-mu", "groups", "stage")
+ORDER_KEYS = ("run", "server-round", "proximal-mu", "held-round", "model", "groups", "stage")
 STAGES = ("initial", "final")
 HEADS = "heads-"  # begins the name of a record with a set of heads
 MOST_HEAD_SETS = 32  # of an ensemble, one for each hospital
@@ -36,13 +38,18 @@ class TrainOrder:
       run: name of the run, fit to be a folder's name.
       round_number: from 1 to federation.rounds.
       proximal_mu: of FedProx; 0 for other strategies.
-      arrays: the global tensors; their names and values are not checked yet.
+      arrays: the global tensors, or the coded difference to those of an earlier round; their names and values are not
+        checked yet.
+      held_round: the earlier round; 0 for the initial model, None where the tensors are whole.
+      model: hash of the global tensors; empty where they are whole.
     """
 
     run: str
     round_number: int
     proximal_mu: float
     arrays: ArrayRecord
+    held_round: int | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,23 @@ def train_order(content: RecordDict, config: RunConfig) -> TrainOrder:
     Raises:
       OrderError: see the module.
     """
-    keys = _config(content, {"run", "server-round"}, {"proximal-mu"})
+    keys = _config(content, {"run", "server-round"}, {"proximal-mu", "held-round", "model"})
     _only(content, {"arrays": ArrayRecord})
     number = _integer(keys, "server-round", 1, config.federation.rounds)
+    coded = "held-round" in keys
+    if coded != ("model" in keys) or (coded and config.federation.codec == PLAIN):
+        raise OrderError(
+            "held-round and model do not stand together, or federation.codec of the run config codes nothing"
+        )
+    held = _integer(keys, "held-round", 0, number - 1) if coded else None
+    model = str(keys.get("model", ""))
+    if coded and not re.fullmatch(r"[0-9a-f]{64}", model):
+        raise OrderError("model is no hash")
     expected = config.federation.proximal_mu if config.federation.strategy == "fedprox" else 0.0
     given = keys.get("proximal-mu", 0.0)
     if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given) or given != expected:
         raise OrderError("proximal-mu is not federation.proximal_mu of the run config")
-    return TrainOrder(_run(keys), number, float(given), content.array_records["arrays"])
+    return TrainOrder(_run(keys), number, float(given), content.array_records["arrays"], held, model)
 
 
 def heads_order(content: RecordDict) -> HeadsOrder:

@@ -15,12 +15,26 @@ from client.boundary.footing import Footing
 from client.training.round import Learner, TrainError
 from shared.host.files import replace_bytes
 from shared.refusals import Refusal
+from shared.wire.records import Tensors
 
 KEPT_ROUNDS = 3
 # A run of the default model leaves about 1.1 GB: three rounds of heads and optimisers, and the encoder last received.
 MOST_RUNS, MOST_BYTES, MOST_AGE_S = 20, 40 * 2**30, 180 * 86400.0
 IN_PROGRESS_S = 86400.0  # a run that wrote something within that time may go on
 _UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a codec needs of a round in the next one; stays in the hospital.
+
+    Attributes:
+      received: the global tensors that the round began with.
+      residual: what its update lacked after coding.
+    """
+
+    received: Tensors
+    residual: Tensors
 
 
 @dataclass(frozen=True)
@@ -38,14 +52,14 @@ class LocalState:
 
     folder: Path
 
-    def save(self, learner: Learner, round_number: int) -> None:
-        """Write heads, balance and optimisers' state after `round_number`.
+    def save(self, learner: Learner, round_number: int, exchange: Exchange | None = None) -> None:
+        """Write heads, balance and optimisers' state after `round_number`, and what a codec needs.
 
         Raises:
           TrainError: the disk is full, or the folder cannot be written.
         """
         try:
-            self._save(learner, round_number)
+            self._save(learner, round_number, exchange)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -91,13 +105,16 @@ class LocalState:
             Refusal.STATE,
         )
 
-    def _save(self, learner: Learner, round_number: int) -> None:
+    def _save(self, learner: Learner, round_number: int, exchange: Exchange | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {
+        content: dict[str, object] = {
             "heads": {n: tensor for n, tensor in learner.model.state_dict().items() if not n.startswith("encoder.")},
             "balance": learner.balance.state_dict(),
             "optimisers": learner.optimisers.state_dict(),
         }
+        if exchange is not None:
+            content["received"] = {name: torch.from_numpy(value) for name, value in exchange.received.items()}
+            content["residual"] = {name: torch.from_numpy(value) for name, value in exchange.residual.items()}
         for left in self.folder.glob("*.partial"):  # of a process that was killed
             left.unlink()
         buffer = io.BytesIO()
@@ -133,6 +150,23 @@ class LocalState:
         except _UNREADABLE as error:
             raise self._damaged(error) from error
         return rounds[-1]
+
+    def exchange(self, round_number: int) -> Exchange | None:
+        """Read what a round with a codec left; None if it left nothing.
+
+        Raises:
+          TrainError: the file is damaged.
+        """
+        path = self._path(round_number)
+        if not path.is_file():
+            return None
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            if "received" not in saved:
+                return None
+            return Exchange(*({n: t.numpy() for n, t in saved[key].items()} for key in ("received", "residual")))
+        except _UNREADABLE as error:
+            raise self._damaged(error) from error
 
     def _path(self, round_number: int) -> Path:
         return self.folder / f"round-{round_number:05d}.pt"

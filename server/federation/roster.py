@@ -55,12 +55,16 @@ class Participant:
 
 @dataclass
 class Roster:
-    """Nodes that are known, that were refused, with name and reason, and that are busy with an earlier round; grows as nodes come."""
+    """Nodes that are known, that were refused, with name and reason, and that are busy with an earlier round; grows as nodes come.
+
+    With a codec `holders` are the hospitals that hold the tensors to which the next round's difference is.
+    """
 
     members: dict[str, Participant] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     silent: dict[int, Late] = field(default_factory=dict)
     late: dict[str, Late] = field(default_factory=dict)
+    holders: set[str] = field(default_factory=set)
 
     def training(self, online: set[int]) -> list[Participant]:
         """Members that train, are free and whose node is connected, in order of their names."""

@@ -21,7 +21,7 @@ def describe_round(number: int, result: RoundResult) -> RoundLine:
         round=number,
         time=time.time(),
         seconds=result.seconds,
-        bytes_down=result.bytes_down * len(result.sites),
+        bytes_down=result.bytes_down,
         bytes_up=sum(site.bytes_up for site in result.sites.values()),
         sites={name: _site_line(site, result.shrunk.get(name)) for name, site in result.sites.items()},
         refused=result.refused,

@@ -11,7 +11,8 @@ import logging
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -25,10 +26,13 @@ from server.storage.checkpoint import Moments
 from server.storage.run_folder import write_status
 from shared.config import FederationSettings
 from shared.metrics import Tally
+from shared.wire.codecs import PLAIN, encode, minus, plus
 from shared.wire.foreign import LONGEST_NAME, shown
 from shared.wire.records import (
     Tensors,
     UpdateError,
+    coded_record,
+    from_coded_record,
     from_record,
     read_metrics,
     shapes_of,
@@ -73,11 +77,12 @@ class RoundResult:
 
     Attributes:
       arrays: the new global tensors.
+      held: those that the round began with, at every hospital in `sites`; empty without a codec.
       moments: what the server optimiser remembers for the next round.
       sites: per site that was folded in.
       refused: site -> why its reply was not used.
       shrunk: site -> what its update was multiplied by, where federation.norm_bound shortened it.
-      bytes_down: size of the tensors sent to each site.
+      bytes_down: size of the tensors sent to all sites.
       seconds: wall clock.
     """
 
@@ -88,9 +93,12 @@ class RoundResult:
     shrunk: dict[str, float]
     bytes_down: int
     seconds: float
+    held: Tensors = field(default_factory=dict)
 
 
-def repeat_round(session: RunContext, moments: Moments, arrays: Tensors, number: int) -> RoundResult:
+def repeat_round(
+    session: RunContext, moments: Moments, arrays: Tensors, number: int, held: Tensors = MappingProxyType({})
+) -> RoundResult:
     """One round, asked for again while too few good updates come, up to wait_s after the first attempt.
 
     Nothing of an attempt below quorum is used.
@@ -102,7 +110,7 @@ def repeat_round(session: RunContext, moments: Moments, arrays: Tensors, number:
     while True:
         members = wait_for_quorum(session)
         try:
-            return run_round(session, moments, members, arrays, number)
+            return run_round(session, moments, members, arrays, number, held)
         except QuorumError as error:
             if time.monotonic() + pause_s >= began + session.settings.wait_s:
                 raise
@@ -113,37 +121,48 @@ def repeat_round(session: RunContext, moments: Moments, arrays: Tensors, number:
 
 
 def run_round(
-    session: RunContext, moments: Moments, members: list[Participant], arrays: Tensors, round_number: int
+    session: RunContext,
+    moments: Moments,
+    members: list[Participant],
+    arrays: Tensors,
+    round_number: int,
+    held: Tensors = MappingProxyType({}),
 ) -> RoundResult:
     """One round: send the global tensors, check and fold in the replies, take the server's step.
 
+    Args:
+      session: the run's.
+      moments: of the server optimiser.
+      members: who is asked.
+      arrays: the global tensors.
+      round_number: from 1.
+      held: with a codec, the tensors that session.roster.holders hold.
     Raises:
       QuorumError: fewer good replies than federation.quorum.
     """
     grid, settings = session.grid, session.settings
     started = time.perf_counter()
-    record = to_record(arrays)
-    order = {"run": session.run.name, "server-round": round_number}
-    if settings.strategy == "fedprox":
-        order["proximal-mu"] = settings.proximal_mu
-    content, online = RecordDict({"arrays": record, "config": ConfigRecord(order)}), set(grid.get_node_ids())
+    orders, start = _orders(session, members, arrays, round_number, held)
+    online = set(grid.get_node_ids())
     messages = {
-        m.site: Message(content, dst_node_id=m.node_id, message_type="train") for m in members if m.node_id in online
+        m.site: Message(orders[m.site], dst_node_id=m.node_id, message_type="train")
+        for m in members
+        if m.node_id in online
     }
     weights = {m.site: m.weight for m in members}
     counts = {m.site: m.counts for m in members}
-    expected, model = shapes_of(arrays), tested_hash(arrays, [])
+    model = tested_hash(start, [])
 
     def awaiting(name: str) -> None:
         write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
 
     plain = is_plain(settings)
-    total, held, sites, refused, missed = WeightedSum({}), {}, {}, {}, {}
+    total, updates, sites, refused, missed = WeightedSum({}), {}, {}, {}, {}
     for name, reply in send_and_receive(grid, messages, settings.round_deadline_s, missed, awaiting):
         try:
             content = _content_from(reply, name, settings)
-            update = from_record(typed_record(content, "update", ArrayRecord), expected)
-            norm = update_norm(update, arrays)
+            update = _read_update(typed_record(content, "update", ArrayRecord), start, settings.codec)
+            norm = update_norm(update, start)
             if norm > session.longest:
                 raise UpdateError(f"an update of length {norm:.3g}, expected at most {session.longest:.3g}")
             sites[name] = _site_round(content, weights[name], norm, counts[name], model)
@@ -153,7 +172,8 @@ def run_round(
         if plain:  # one update in memory at a time
             total = fold(total, update, weights[name])
         else:
-            held[name] = update
+            updates[name] = update
+    session.roster.holders -= refused.keys()
     now = time.monotonic()
     session.roster.late |= {
         n: Late(look, now, now + LATE_DEADLINES * settings.round_deadline_s) for n, look in missed.items()
@@ -172,18 +192,54 @@ def run_round(
     if plain:
         average, shrunk = mean(total), {}
     else:
-        combined = combine(held, weights, arrays, settings)
+        combined = combine(updates, weights, start, settings)
         average, shrunk = combined.arrays, combined.shrunk
-    stepped, moments = server_step(settings, moments, round_number, arrays, average)
+    stepped, moments = server_step(settings, moments, round_number, start, average)
+    coded = settings.codec != PLAIN
+    if coded:  # what the difference lacked on its way down is not lost
+        stepped = plus(stepped, minus(arrays, start))
+    session.roster.holders = set(sites)
     return RoundResult(
         arrays=stepped,
         moments=moments,
         sites=sites,
         refused=refused,
         shrunk=shrunk,
-        bytes_down=record_bytes(record),
+        bytes_down=sum(record_bytes(message.content["arrays"]) for message in messages.values()),
         seconds=time.perf_counter() - started,
+        held=start if coded else {},
     )
+
+
+def _orders(
+    session: RunContext, members: list[Participant], arrays: Tensors, round_number: int, held: Tensors
+) -> tuple[dict[str, RecordDict], Tensors]:
+    """Each member's order, and the tensors with which all begin the round.
+
+    With a codec, who holds the tensors of the last round gets the difference to them, and everybody else whole tensors.
+    """
+    settings = session.settings
+    keys = {"run": session.run.name, "server-round": round_number}
+    if settings.strategy == "fedprox":
+        keys["proximal-mu"] = settings.proximal_mu
+    difference, start = None, arrays
+    if settings.codec != PLAIN:
+        coded = encode(arrays, held, settings.codec)
+        start = coded.received
+        told = {"held-round": round_number - 1, "model": tested_hash(start, [])}
+        difference = RecordDict({"arrays": coded_record(coded), "config": ConfigRecord(keys | told)})
+    whole = RecordDict({"arrays": to_record(start), "config": ConfigRecord(keys)})
+    holders = session.roster.holders if difference else set()
+    return {m.site: difference if m.site in holders else whole for m in members}, start
+
+
+def _read_update(record: ArrayRecord, start: Tensors, codec: str) -> Tensors:
+    """A hospital's tensors at the end of a round.
+
+    Raises:
+      UpdateError: they do not fit.
+    """
+    return from_record(record, shapes_of(start)) if codec == PLAIN else from_coded_record(record, start, codec)
 
 
 def _content_from(reply: Message | None, name: str, settings: FederationSettings) -> RecordDict:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from shared.wire.records import Tensors
 
 KEPT = 2
 _HASH = "sha256"  # key of the metadata
+_HELD = "held."  # begins the names of what hospitals hold
 _KINDS = ("optimiser.m.", "optimiser.v.")  # begin the names of first and second moments
 
 
@@ -54,12 +56,14 @@ class Checkpoint:
       sites: who took part in it.
       arrays: global tensors, float32.
       moments: what the server optimiser remembers.
+      held: the tensors that the round began with at every hospital of `sites`; empty without a codec.
     """
 
     round_number: int
     sites: tuple[str, ...]
     arrays: dict[str, NDArray[np.float32]]
     moments: Moments
+    held: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def write_tensors(path: Path, arrays: Tensors, metadata: dict[str, str]) -> None:
@@ -108,7 +112,12 @@ def _hash(arrays: Tensors, metadata: dict[str, str]) -> str:
 
 
 def save_checkpoint(
-    folder: Path, round_number: int, arrays: Tensors, moments: Moments, sites: Sequence[str] = ()
+    folder: Path,
+    round_number: int,
+    arrays: Tensors,
+    moments: Moments,
+    sites: Sequence[str] = (),
+    held: Tensors = MappingProxyType({}),
 ) -> None:
     """Write the state after a round to `folder`, and forget all but the last KEPT.
 
@@ -117,8 +126,9 @@ def save_checkpoint(
     """
     kinds = zip(_KINDS, (moments.first, moments.second), strict=True)
     optimiser = {kind + name: value for kind, values in kinds for name, value in values.items()}
+    beside = optimiser | {_HELD + name: value for name, value in held.items()}
     metadata = {"round": json.dumps(round_number), "sites": json.dumps(sorted(sites))}
-    write_tensors(folder / f"round-{round_number:05d}.safetensors", {**arrays, **optimiser}, metadata)
+    write_tensors(folder / f"round-{round_number:05d}.safetensors", {**arrays, **beside}, metadata)
     for path in checkpoints(folder)[KEPT:]:
         path.unlink()
 
@@ -149,7 +159,8 @@ def load_checkpoint(folder: Path, say: Callable[[str], None] = lambda line: None
         return Checkpoint(
             round_number=int(json.loads(metadata["round"])),
             sites=tuple(json.loads(metadata["sites"])),
-            arrays={n: v for n, v in tensors.items() if not n.startswith("optimiser.")},
+            arrays={n: v for n, v in tensors.items() if not n.startswith(("optimiser.", _HELD))},
             moments=Moments(*({n.removeprefix(k): v for n, v in tensors.items() if n.startswith(k)} for k in _KINDS)),
+            held={n.removeprefix(_HELD): v for n, v in tensors.items() if n.startswith(_HELD)},
         )
     raise CheckpointError(f"no checkpoint in {folder}; check the run's name, or start it without run.resume")

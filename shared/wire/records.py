@@ -21,9 +21,10 @@ from shared.errors import HemafedError
 from shared.groups import group
 from shared.metrics import AREAS, Tally
 from shared.tally import STEPS
+from shared.wire.codecs import CodecError, Coded, coded_sizes, decode
 from shared.wire.foreign import LONGEST_NAME, ForeignError, read_array, shown, shown_names
 
-PROTOCOL_VERSION = 3  # 3: one array for each group of tensors
+PROTOCOL_VERSION = 4  # 4: coded differences
 MOST_COUNTED = 10_000_000  # slices or patients of one hospital
 # What numpy.load raises on a damaged file.
 UNREADABLE = (ValueError, TypeError, EOFError, OSError, MemoryError, AttributeError)
@@ -81,25 +82,63 @@ def from_record(record: ArrayRecord, expected: Shapes) -> dict[str, NDArray[np.f
     sizes: dict[str, int] = {}
     for name, shape in expected.items():
         sizes[group(name)] = sizes.get(group(name), 0) + math.prod(shape)
+    flat = _groups(record, sizes, np.float32)
+    begins, arrays = dict.fromkeys(sizes, 0), {}
+    for name in sorted(expected):
+        key, begin = group(name), begins[group(name)]
+        begins[key] = begin + math.prod(expected[name])
+        arrays[name] = flat[key][begin : begins[key]].reshape(expected[name])
+        _check_values(name, arrays[name])
+    return arrays
+
+
+def coded_record(coded: Coded) -> ArrayRecord:
+    """Coded differences as a Flower record: bytes for each group. On the client's side this is what leaves the hospital."""
+    return ArrayRecord({key: Array(data) for key, data in coded.data.items()})
+
+
+def from_coded_record(record: ArrayRecord, start: Tensors, codec: str) -> dict[str, NDArray[np.float32]]:
+    """A Flower record of coded differences as arrays.
+
+    Args:
+      record: as received.
+      start: the tensors that the sender coded the difference to.
+      codec: a key of BITS.
+    Raises:
+      UpdateError: as from_record, or bytes that no encoder wrote.
+    """
+    data = _groups(record, coded_sizes(shapes_of(start), codec), np.uint8)
+    try:
+        arrays = decode(data, start, codec)
+    except CodecError as error:
+        raise UpdateError(str(error)) from error
+    for name, value in arrays.items():
+        _check_values(name, value)
+    return arrays
+
+
+def _groups(record: ArrayRecord, sizes: Mapping[str, int], dtype: type) -> dict[str, NDArray[Any]]:
+    """The flat array of each group.
+
+    Raises:
+      UpdateError: one is missing, unexpected or of another size or dtype.
+    """
     missing, extra = sizes.keys() - record.keys(), record.keys() - sizes.keys()
     if missing or extra:
         raise UpdateError(
             f"{len(missing)} groups of tensors missing {shown_names(missing)}, {len(extra)} unexpected {shown_names(extra)}; "
             f"expected {sorted(sizes)}, those of federation.share"
         )
-    flat = {key: _decoded(record[key], f"tensors of {key}", np.float32, (size,)) for key, size in sizes.items()}
-    begins, arrays = dict.fromkeys(sizes, 0), {}
-    for name in sorted(expected):
-        key, begin = group(name), begins[group(name)]
-        begins[key] = begin + math.prod(expected[name])
-        value = flat[key][begin : begins[key]].reshape(expected[name])
-        if not (np.abs(value) <= LARGEST_VALUE).all():  # NaN is none of them
-            if bad := np.count_nonzero(~np.isfinite(value)):
-                raise UpdateError(f"tensor {name}: {bad} values are not finite")
-            raise UpdateError(f"tensor {name}: values beyond {LARGEST_VALUE:g}")
-        _check_statistic(name, value)
-        arrays[name] = value
-    return arrays
+    return {key: _decoded(record[key], f"tensors of {key}", dtype, (size,)) for key, size in sizes.items()}
+
+
+def _check_values(name: str, value: NDArray[np.float32]) -> None:
+    """Refuse a tensor with values that are not finite or too large, or a statistic that no features have."""
+    if not (np.abs(value) <= LARGEST_VALUE).all():  # NaN is none of them
+        if bad := np.count_nonzero(~np.isfinite(value)):
+            raise UpdateError(f"tensor {name}: {bad} values are not finite")
+        raise UpdateError(f"tensor {name}: values beyond {LARGEST_VALUE:g}")
+    _check_statistic(name, value)
 
 
 def _check_statistic(name: str, value: NDArray[np.float32]) -> None:
