@@ -150,10 +150,11 @@ def pretrain_command(
     batch: Annotated[int, typer.Option(help="slices a step")] = 16,
     seed: Annotated[int, typer.Option(help="decides heads and training")] = 0,
     begin: Annotated[str, typer.Option(help="go on from: synthetic, or a model file; empty for random weights")] = "",
+    rate: Annotated[float, typer.Option(help="of the default rates; less where a model goes on")] = 1.0,
 ) -> None:
     """Train a starting encoder on random heads; stopped and called again, it resumes."""
     try:
-        recipe = make_recipe(variant, steps, batch, seed, begin)
+        recipe = make_recipe(variant, steps, batch, seed, begin, rate)
         say(f"model: {pretrain_model(folder, shards, recipe, say)}")
     except HemafedError as error:
         fail(error)

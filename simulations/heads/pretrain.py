@@ -80,19 +80,28 @@ class Pretrainer(nn.Module):
         self.kinds = nn.Linear(model.shape.channels * 8, len(KINDS))
 
 
-def make_recipe(variant: str, steps: int, batch: int, seed: int, begin: str) -> Recipe:
+def make_recipe(variant: str, steps: int, batch: int, seed: int, begin: str = "", rate: float = 1.0) -> Recipe:
     """The recipe of the models that come with hemafed.
 
     Args:
       variant: a key of VARIANTS.
       steps, batch, seed: of the training.
       begin: empty for random weights, "synthetic" for the model that comes with hemafed, or a model file.
+      rate: what the run config's default rates are multiplied by.
     Raises:
       ConfigError: no such variant, or a number that no run config accepts.
       StartingModelError: no starting model of this variant.
     """
-    keys = {"model": {"variant": variant, "windows_hu": WINDOWS_HU}, "train": {"batch": batch}, "run": {"seed": seed}}
-    config = parse_config({f"{part}.{key}": value for part, section in keys.items() for key, value in section.items()})
+    default = RunConfig().train
+    keys = {
+        "model.variant": variant,
+        "model.windows_hu": WINDOWS_HU,
+        "train.batch": batch,
+        "train.learning_rate": rate * default.learning_rate,
+        "train.matrix_rate": rate * default.matrix_rate,
+        "run.seed": seed,
+    }
+    config = parse_config(keys)
     file = starting_file(variant) if begin == SYNTHETIC else Path(begin) if begin else None
     return Recipe(steps, min(500, steps), config, file)
 
