@@ -94,7 +94,7 @@ def segment_command(
         str, typer.Option(help="'small' or 'demo', which come with hemafed, or a file of hemafed-server export")
     ] = "small",
     form: Annotated[str, typer.Option(help="npy, seg (DICOM), or both")] = "npy",
-    threshold: Annotated[float, typer.Option(help="least probability of a pixel", min=0.01, max=0.99)] = 0.5,
+    threshold: Annotated[float, typer.Option(help="least probability of a pixel", min=0.01, max=0.99)] = 0.4,
     least_mm2: Annotated[float, typer.Option(help="smaller spots of a slice are left away", min=0.0)] = 30.0,
     workers: Workers = None,
 ) -> None:

@@ -53,7 +53,7 @@ class Choices:
       least_mm2: smaller connected spots of a slice are left away.
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.4
     least_mm2: float = 30.0
 
 

@@ -36,7 +36,7 @@ def test_it_marks_hematomas_and_little_else(variant: str, tmp_path_factory: pyte
     model, card = read_model(starting_file(variant))
     cache = draw_hospitals([bleeding(HOSPITALS[0], 6, 8)], 4711, tmp_path_factory.mktemp("drawn"))["hospital-01"]
     found = probabilities(model.to(best_device()), card.settings, cache.hu[:], best_device())
-    masks = np.array([without_spots(one > 0.5, Choices().least_mm2) for one in found])
+    masks = np.array([without_spots(one > Choices().threshold, Choices().least_mm2) for one in found])
     truth = cache.masks[:] > 0
     bled = truth.any(axis=(1, 2))
     overlap = 2 * (masks & truth).sum(axis=(1, 2)) / np.maximum(masks.sum(axis=(1, 2)) + truth.sum(axis=(1, 2)), 1)
