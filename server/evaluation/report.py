@@ -45,8 +45,8 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <p class="note">Patients, slices and positives count the whole hospital; a dash is a number that the hospital's policy held back or that is not defined.</p>
 
 <h2>Round by round</h2>
-<img alt="Losses and validation AUC per round" src="{{ curves }}">
-<p class="note">Losses: mean over the slices of a local round. Validation AUC: the global encoder as a hospital received it, with that hospital's own head; the first point is the model before training.</p>
+<img alt="Losses, validation AUC and agreement of updates per round" src="{{ curves }}">
+<p class="note">Losses: mean over the slices of a local round. Validation AUC: the global encoder as a hospital received it, with that hospital's own head; the first point is the model before training. Agreement: length of the mean update in mean lengths of the hospitals' own; 1 is one direction, the dashed line updates that have nothing in common.</p>
 
 <h2>ROC</h2>
 <img alt="ROC curves" src="{{ roc }}">
@@ -185,9 +185,9 @@ def _size(count: float) -> str:
 
 
 def _curves(rounds: list[RoundLine]) -> Figure:
-    """Three losses and the validation AUC over the rounds, one line per hospital."""
-    figure = Figure(figsize=(11, 2.9), layout="constrained")
-    panels = figure.subplots(1, 4)
+    """Three losses and the validation AUC over the rounds, one line per hospital, and the agreement of their updates."""
+    figure = Figure(figsize=(13, 2.9), layout="constrained")
+    *panels, last = figure.subplots(1, 5)
     names = sorted({name for line in rounds for name in line.sites})
     titles = {
         "cls": "classification loss",
@@ -208,6 +208,13 @@ def _curves(rounds: list[RoundLine]) -> Figure:
         if key == "rec":
             axes.set_yscale("log")
         plain_axes(axes, title, "round")
+    agreed = [(line.round, line.agreement, len(line.sites) ** -0.5) for line in rounds if line.agreement is not None]
+    if agreed:
+        number, found, unrelated = zip(*agreed, strict=True)
+        last.plot(number, found, color=SEEN, lw=1.4)
+        last.plot(number, unrelated, color=QUIET, lw=1.2, ls="--")
+    last.set_ylim(0, 1)
+    plain_axes(last, "agreement of updates", "round")
     if names:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(

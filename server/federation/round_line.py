@@ -25,7 +25,13 @@ def describe_round(number: int, result: RoundResult) -> RoundLine:
         bytes_up=sum(site.bytes_up for site in result.sites.values()),
         sites={name: _site_line(site, result.shrunk.get(name)) for name, site in result.sites.items()},
         refused=result.refused,
+        agreement=_agreement(result),
     )
+
+
+def _agreement(result: RoundResult) -> float | None:
+    length = float(np.mean([site.norm for site in result.sites.values()])) if result.sites else 0.0
+    return float(f"{result.moved / length:.4g}") if length else None
 
 
 def _site_line(site: SiteRound, shrunk: float | None) -> SiteLine:

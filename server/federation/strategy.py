@@ -77,6 +77,7 @@ class RoundResult:
 
     Attributes:
       arrays: the new global tensors.
+      moved: length of the step from the round's start to the updates' mean, or to what another rule made of them.
       held: those that the round began with, at every hospital in `sites`; empty without a codec.
       moments: what the server optimiser remembers for the next round.
       sites: per site that was folded in.
@@ -93,6 +94,7 @@ class RoundResult:
     shrunk: dict[str, float]
     bytes_down: int
     seconds: float
+    moved: float = 0.0
     held: Tensors = field(default_factory=dict)
 
 
@@ -207,6 +209,7 @@ def run_round(
         shrunk=shrunk,
         bytes_down=sum(record_bytes(message.content["arrays"]) for message in messages.values()),
         seconds=time.perf_counter() - started,
+        moved=update_norm(average, start),
         held=start if coded else {},
     )
 

@@ -92,6 +92,8 @@ class RoundLine(Line):
       bytes_down, bytes_up: sent to all hospitals, and by all.
       sites: name -> what came of a hospital whose update counts.
       refused: name -> why a hospital's update does not.
+      agreement: length of the mean update, in mean lengths of the updates: 1 where all point the same way, 1 over the root
+        of their number where they have nothing in common; None where nothing moved.
     """
 
     SITE = SiteLine
@@ -103,6 +105,7 @@ class RoundLine(Line):
     bytes_up: int
     sites: dict[str, SiteLine]
     refused: dict[str, str]
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from shared.model.sampling import make_sampler
 from shared.model.scoring import best_device
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
+from shared.wire.codecs import PLAIN, encode, minus, plus
 from shared.wire.records import Tensors, to_arrays
 
 MODES = ("federated", "pooled", "alone")
@@ -110,14 +111,16 @@ def train(
     moments = Moments()
     shared = groups_shared(settings.share)
     arrays = to_arrays(learners[names[0]].model.state_dict(), shared)
+    coded, sent, residuals = settings.codec != PLAIN, arrays, {}
     trace, images = [], 0
     held = {name: _validation(caches[name], config) for name in names} if adjust else {}
     weights, after = dict.fromkeys(names, 1 / len(names) if adjust else 1.0), {}
     for number in range(1, settings.rounds + 1):
         updates, reports = {}, []
+        sent = encode(arrays, sent, settings.codec).received if coded else arrays
         for name in names:
             learners[name].model.load_state_dict(
-                {n: torch.from_numpy(np.asarray(v)) for n, v in arrays.items()}, strict=False
+                {n: torch.from_numpy(np.asarray(v)) for n, v in sent.items()}, strict=False
             )
         if adjust and number > 1:
             gaps = {name: _loss(learners[name], held[name], config) - after[name] for name in names}
@@ -134,11 +137,14 @@ def train(
             )
             after[name] = _loss(learners[name], held[name], config) if adjust else 0.0
             updates[name] = to_arrays(model.state_dict(), shared)
+            if coded:
+                updates[name], residuals[name] = _coded(updates[name], sent, residuals.get(name), settings.codec)
             reports.append(report)
         if attack:
-            updates[names[-1]] = _attacked(updates[names[-1]], arrays, ATTACKS[attack])
-        average = _average(updates, weights, arrays, settings)
-        arrays, moments = server_step(settings, moments, number, arrays, average)
+            updates[names[-1]] = _attacked(updates[names[-1]], sent, ATTACKS[attack])
+        average = _average(updates, weights, sent, settings)
+        stepped, moments = server_step(settings, moments, number, sent, average)
+        arrays = plus(stepped, minus(arrays, sent)) if coded else stepped
         images += sum(report.slices for report in reports)
         losses = {k: float(np.mean([getattr(r, k) / r.slices for r in reports])) for k in ("cls", "seg", "rec")}
         trace.append(losses | {f"weight_{k}": v for k, v in learners[names[0]].balance.weights().items()})
@@ -150,6 +156,13 @@ def train(
         heads = {name: to_arrays(learners[name].model.state_dict(), ("cls", "seg", "rec")) for name in names}
     encoder = {n: v for n, v in arrays.items() if n.startswith("encoder.")}
     return Trained(encoder, heads, trace, time.perf_counter() - started, images)
+
+
+def _coded(trained: Tensors, start: Tensors, residual: Tensors | None, codec: str) -> tuple[Tensors, Tensors]:
+    """An update as it arrives, and what it lacks, as client/training/exchange.py sends it."""
+    target = trained if residual is None else plus(trained, residual)
+    received = encode(target, start, codec).received
+    return received, minus(target, received)
 
 
 def adjust_weights(weights: dict[str, float], gaps: dict[str, float], step: float) -> dict[str, float]:

@@ -41,7 +41,14 @@ from tests.support.loopback import LoopbackGrid, run_server
 NAMES = ["hospital-01", "hospital-02"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"federation__strategy": "fedadam", "federation__server_learning_rate": 0.01}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"federation__codec": "int2"},
+        {"federation__strategy": "fedadam", "federation__server_learning_rate": 0.01},
+    ],
+)
 def test_a_loop_here_is_the_run_through_flower(
     copied_hospitals: SmallHospitals, tmp_path: Path, changes: dict[str, object]
 ) -> None:
