@@ -104,6 +104,7 @@ class TrainSettings:
 
     Attributes:
       epochs: passes over the hospital's training slices in one round.
+      steps: optimiser steps of one round, however many slices the hospital has; 0 goes by epochs.
       batch: slices per step.
       sampling: "all" takes every training slice in an epoch; "telling" those alone that show blood or have a label;
         "balanced" these and as many of the others, drawn anew each time (shared/model/sampling.py).
@@ -119,6 +120,7 @@ class TrainSettings:
     """
 
     epochs: int = 2
+    steps: int = 0
     batch: int = 16
     sampling: str = "balanced"
     optimiser: str = "muon"
@@ -137,20 +139,18 @@ class FederationSettings:
 
     Attributes:
       rounds: number of rounds.
-      strategy: fedavg, fedprox, fedavgm or fedadam.
+      strategy: fedavg, fedprox (with mu = proximal_mu), fedavgm or fedadam.
       weights: what hospitals count in a mean: "equal", or by "patients", from a third to three times their median.
       rule: how a round's updates become one: "mean", or one that a hospital gone wrong cannot move at will: "median",
         "trimmed-mean" or "krum"; these count each hospital once, whatever its weight.
       faulty: of how many hospitals at a time the trimmed mean and Krum may be wrong.
       norm_bound: an update longer than this many times the round's median is shortened to it; 0 is no bound.
       share: "encoder" sends tensors under `encoder.` only, "all" the heads too.
-      codec: how tensors travel in a round, both ways: "fp32" whole; "fp16", "int8", "int4" or "int2" as differences in so many
-        bits a value (shared/wire/codecs.py).
+      codec: how tensors travel: "fp32" whole; "fp16", "int8", "int4", "int2" as differences (shared/wire/codecs.py).
       heads: what the global model uses as heads: average, ensemble or probe.
       quorum: fewest good updates for a round; below it the run waits, and asks for the round again.
-      wait_s: how long it waits for a quorum of hospitals, and goes on asking for a round, before it stops with an error.
+      wait_s: how long it waits for a quorum, and goes on asking for a round, before it stops with an error.
       round_deadline_s: a hospital that has not answered by then is left out of the round, and asked again once it answered.
-      proximal_mu: FedProx's mu.
       server_learning_rate: FedAvgM's and FedAdam's step on the server; FedAdam moves every value by about this much a round.
       server_momentum: FedAvgM's momentum, FedAdam's beta 1.
       development_site: site.yaml of the data on which heads = "probe" is fitted, on the server.
@@ -209,6 +209,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LEAST: dict[str, float] = {
     "run.seed": 0,
     "train.epochs": 1,
+    "train.steps": 0,
     "train.batch": 2,
     "train.weight_decay": 0,
     "train.warmup": 0,
@@ -229,6 +230,7 @@ _LEAST: dict[str, float] = {
 _MOST: dict[str, float] = {
     "run.seed": 2**63 - 1,
     "train.epochs": 10_000,
+    "train.steps": 1_000_000,
     "train.batch": 10_000,
     "train.warmup": 1,
     "federation.rounds": 1_000_000,
@@ -314,8 +316,7 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
 
 def _check_rule(settings: FederationSettings) -> None:
     """A rule that compares hospitals needs enough of them in every round."""
-    # What each rule can be computed with: Yin et al. 2018 (arXiv:1803.01498), definition 2; Flower's Krum, which looks at n - f - 2
-    # neighbours. Krum's guarantee asks for more, n >= 2 f + 3 (Blanchard et al. 2017, arXiv:1703.02757, section 4).
+    # What each rule can be computed with: Yin et al. 2018 (arXiv:1803.01498), definition 2; Flower's Krum looks at n - f - 2 others.
     least = {"median": 3, "trimmed-mean": 2 * settings.faulty + 1, "krum": settings.faulty + 3}.get(settings.rule, 1)
     if settings.quorum < least:
         raise ConfigError(

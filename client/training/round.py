@@ -202,30 +202,29 @@ def train_round(
     generator = torch.Generator().manual_seed(seed)
     anchor = {name: p.detach().clone() for name, p in model.named_parameters()} if proximal_mu else {}
     sampler = make_sampler(inputs.label, inputs.mask[inputs.place], config.train.sampling)
-    steps_total = config.train.epochs * sampler.steps(config.train.batch)
-    sums, steps, started = torch.zeros(4, dtype=torch.float64), 0, time.perf_counter()
+    settings = config.train
+    steps_total = sampler.round_steps(settings.batch, settings.epochs, settings.steps)
+    sums, slices, started = torch.zeros(4, dtype=torch.float64), 0, time.perf_counter()
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # stochastic depth
-        for epoch in range(config.train.epochs):
-            for chosen in sampler.epoch(config.train.batch, generator):
-                batch = make_batch(inputs, chosen, config.train.augment, generator).to(device)
-                optimisers.set_rate(
-                    rate_share(config, (round_number - 1 + steps / steps_total) / config.federation.rounds)
+        batches = sampler.round(settings.batch, settings.epochs, settings.steps, generator)
+        for step, chosen in enumerate(batches):
+            batch = make_batch(inputs, chosen, settings.augment, generator).to(device)
+            optimisers.set_rate(rate_share(config, (round_number - 1 + step / steps_total) / config.federation.rounds))
+            means, total, norm = train_step(learner, batch, config, anchor, proximal_mu)
+            if not torch.isfinite(total + norm):  # the step was not taken
+                raise TrainError(
+                    f"site {site!r}: loss is {total.item()} and the gradient's norm {norm.item()} in round {round_number}, "
+                    f"step {step}; expected finite numbers: lower train.learning_rate and train.matrix_rate, or set "
+                    "train.precision to 'fp32'",
+                    Refusal.DIVERGED,
                 )
-                means, total, norm = train_step(learner, batch, config, anchor, proximal_mu)
-                if not torch.isfinite(total + norm):  # the step was not taken
-                    raise TrainError(
-                        f"site {site!r}: loss is {total.item()} and the gradient's norm {norm.item()} in round {round_number}, "
-                        f"step {steps}; expected finite numbers: lower train.learning_rate and train.matrix_rate, or set "
-                        "train.precision to 'fp32'",
-                        Refusal.DIVERGED,
-                    )
-                sums += torch.cat([means, total[None]]).double().cpu() * len(chosen)
-                steps += 1
-            progress(f"site {site!r} round {round_number}: epoch {epoch + 1} of {config.train.epochs}")
-    slices = config.train.epochs * sampler.size
-    return RoundReport(steps, slices, *sums.tolist(), time.perf_counter() - started)
+            sums += torch.cat([means, total[None]]).double().cpu() * len(chosen)
+            slices += len(chosen)
+            if (step + 1) % sampler.steps(settings.batch) == 0:
+                progress(f"site {site!r} round {round_number}: step {step + 1} of {steps_total}")
+    return RoundReport(steps_total, slices, *sums.tolist(), time.perf_counter() - started)
 
 
 def train_step(

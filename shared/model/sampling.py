@@ -5,6 +5,7 @@ A slice counts as telling if somebody outlined blood in it, or labelled it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,16 @@ class Sampler:
         numbers = np.sort(np.concatenate([self.always, chosen]))
         for places in epoch_batches(len(numbers), batch, generator):
             yield numbers[places]
+
+    def round(self, batch: int, epochs: int, steps: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
+        """Batches of a round: of so many epochs, or epoch after epoch until so many steps are taken, where steps is not 0."""
+        numbers = itertools.count() if steps else range(epochs)
+        batches = (chosen for _ in numbers for chosen in self.epoch(batch, generator))
+        return itertools.islice(batches, steps or None)
+
+    def round_steps(self, batch: int, epochs: int, steps: int) -> int:
+        """Batches of a round."""
+        return steps or epochs * self.steps(batch)
 
 
 def make_sampler(label: NDArray[np.float32], masks: NDArray[np.uint8], sampling: str) -> Sampler:

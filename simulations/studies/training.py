@@ -247,10 +247,11 @@ def read_trained(folder: Path) -> Trained:
 
 def with_steps(config: RunConfig, caches: Mapping[str, SliceCache], steps: int) -> RunConfig:
     """The config with as many rounds as give every site about `steps` steps."""
+    settings = config.train
     steps_of = []
     for cache in caches.values():
         rows = cache.rows("train")
-        sampler = make_sampler(cache.label[rows], cache.masks[rows], config.train.sampling)
-        steps_of.append(sampler.steps(config.train.batch))
-    per_round = config.train.epochs * float(np.mean(steps_of))
-    return replace(config, federation=replace(config.federation, rounds=max(1, round(steps / per_round))))
+        sampler = make_sampler(cache.label[rows], cache.masks[rows], settings.sampling)
+        steps_of.append(sampler.round_steps(settings.batch, settings.epochs, settings.steps))
+    rounds = max(1, round(steps / float(np.mean(steps_of))))
+    return replace(config, federation=replace(config.federation, rounds=rounds))

@@ -85,7 +85,7 @@ def wait_back(federation: Federation, name: str) -> None:
 
 def training_app(federation: Federation, name: str) -> psutil.Process:
     """The process of a hospital that trains now: its first epoch is done, others are not."""
-    federation.wait_line(name, "epoch 1 of 10", after=len(federation.log(name).read_text()))
+    federation.wait_line(name, ": step ", after=len(federation.log(name).read_text()))
     started = federation.started_by(name)
     known = {process.pid for process in started}
     (app,) = (process for process in started if process.ppid() in known)  # forked by the warm one for this message

@@ -313,4 +313,16 @@ def test_progress_is_told_each_epoch(cache: SliceCache) -> None:
     lines: list[str] = []
     config = changed(train__epochs=2)
     train_one_round(fresh(config), cache, config, progress=lines.append)
-    assert lines == ["site 'a' round 1: epoch 1 of 2", "site 'a' round 1: epoch 2 of 2"]
+    assert lines == ["site 'a' round 1: step 2 of 4", "site 'a' round 1: step 4 of 4"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_round_of_steps_takes_as_many_whatever_the_hospital_has(cache: SliceCache, steps: int) -> None:
+    report = train_one_round(fresh(config := changed(train__steps=steps)), cache, config)
+    assert report.steps == steps
+    assert (report.slices > SLICES) == (steps == 5)
+
+
+def test_a_round_of_as_many_steps_as_an_epoch_is_that_epoch(cache: SliceCache) -> None:
+    epoch, steps = changed(train__epochs=1), changed(train__epochs=1, train__steps=2)
+    assert equal(trained(cache, epoch)[0], trained(cache, steps)[0])
