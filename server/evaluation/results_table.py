@@ -56,7 +56,7 @@ def result_table(summary: Summary) -> Table:
         "is marked; found: AUC of a patient with blood"
     )
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-    for name in ("hospitals", "AUC", "F1", "Dice", "alarms", "found", "slices", "patients"):
+    for name in ("hospitals", "AUC", "F1", "Dice", "alarms", "found", "patients"):
         table.add_column(name, justify="left" if name == "hospitals" else "right", no_wrap=True)
     before, after = summary.evaluation_before_training, summary.evaluation
     for part, label in (("seen", "seen"), ("unseen", "unseen")):
@@ -74,5 +74,5 @@ def _cells(result: dict) -> list[str]:
     text = {name: metric_text(result.get(name)) for name in ("auc", "f1", "dice", "alarms", "detection")}
     both = {name: f"{t['value']} {t['interval']}".strip() for name, t in text.items()}
     plain = {name: t["value"] for name, t in text.items()}
-    counts = [str(result["auc"][name]) for name in ("n_slices", "n_patients")]
-    return [both["auc"], plain["f1"], both["dice"], plain["alarms"], plain["detection"], *counts]
+    patients = str(result["auc"]["n_patients"])
+    return [both["auc"], plain["f1"], both["dice"], plain["alarms"], plain["detection"], patients]
