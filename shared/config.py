@@ -10,23 +10,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, cast, get_type_hints
+from typing import Any, get_type_hints
 
-from shared.errors import HemafedError
+from shared.config_values import ConfigError as ConfigError
+from shared.config_values import Scalar as Scalar
+from shared.config_values import checked_value
 
-Scalar = bool | int | float | str
 PLACES = ("run.id", "run.folder", "run.resume", "simulation.hospitals")  # keys that no result depends on
 MOST_HU, MOST_WINDOWS = 32768.0, 8  # CT values are int16
 SYNTHETIC = "synthetic"  # model.pretrained: the starting model that comes with hemafed
-LONGEST_TEXT = 1000  # of a value; the longest are paths
 NAME_WORDS = "up to 64 letters, digits, '-', '_' or '.', a letter or digit first"
-
-
-class ConfigError(HemafedError, ValueError):
-    """A key or value of the run config is not usable; names it and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,14 @@ class ModelSettings:
       windows_hu: one input channel each, "low:high" in HU, separated by commas.
       pretrained: what the run begins with; empty for random weights, "synthetic" for the model of this variant that comes
         with hemafed (shared/model/starting.py), else a safetensors file with timm Swin weights on the server.
+      head_norm: what normalises the classification head's features: the "batch", or the "frozen" statistics of the
+        starting model, which no hospital's slices change (FixBN: Zhong et al. 2023, arXiv:2303.06530).
     """
 
     variant: str = "default"
     windows_hu: str = "0:80"
     pretrained: str = ""
+    head_norm: str = "batch"
 
     @property
     def brought(self) -> bool:
@@ -192,62 +190,6 @@ class SimulationSettings:
     hospitals: str = "hospitals"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.variant": ("default", "tiny", "small", "demo", "demo-deep"),
-    "loss.weighting": ("fixed", "uncertainty", "gradnorm"),
-    "train.optimiser": ("muon", "adamw"),
-    "train.sampling": ("balanced", "all", "telling"),
-    "train.augment": ("none", "pose", "scanner"),
-    "train.precision": ("auto", "bf16", "fp32"),
-    "federation.strategy": ("fedavg", "fedprox", "fedavgm", "fedadam"),
-    "federation.weights": ("equal", "patients"),
-    "federation.rule": ("mean", "median", "trimmed-mean", "krum"),
-    "federation.share": ("encoder", "all"),
-    "federation.codec": ("fp32", "fp16", "int8", "int4", "int2"),
-    "federation.heads": ("average", "ensemble", "probe"),
-}
-_LEAST: dict[str, float] = {
-    "run.seed": 0,
-    "train.epochs": 1,
-    "train.steps": 0,
-    "train.batch": 2,
-    "train.weight_decay": 0,
-    "train.warmup": 0,
-    "train.clip_norm": 0,
-    "loss.cls": 0,
-    "loss.seg": 0,
-    "loss.rec": 0,
-    "federation.rounds": 1,
-    "federation.quorum": 1,
-    "federation.faulty": 0,
-    "federation.norm_bound": 0,
-    "federation.wait_s": 0,
-    "federation.proximal_mu": 0,
-    "federation.server_momentum": 0,
-    "evaluation.replicates": 100,
-}
-# Absurd values; what a hospital accepts is narrower (shared/site.py).
-_MOST: dict[str, float] = {
-    "run.seed": 2**63 - 1,
-    "train.epochs": 10_000,
-    "train.steps": 1_000_000,
-    "train.batch": 10_000,
-    "train.warmup": 1,
-    "federation.rounds": 1_000_000,
-    "federation.quorum": 10_000,
-    "federation.faulty": 10_000,
-    "federation.server_momentum": 1,
-    "evaluation.replicates": 2000,  # 1 MB of counts
-}
-_MOST_NUMBER = 1e9  # of any other key
-_ABOVE_ZERO = (
-    "train.learning_rate",
-    "train.matrix_rate",
-    "federation.round_deadline_s",
-    "federation.server_learning_rate",
-)
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """The whole configuration of a run."""
@@ -298,7 +240,7 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
             raise ConfigError(
                 f"unknown config key {ascii(key)[:60]}; did you mean {near!r}? (shared/config.py lists all keys)"
             )
-        values[key] = _checked(key, value, type(defaults[key]))
+        values[key] = checked_value(key, value, type(defaults[key]))
     merged = defaults | values
     sections = {
         name: kind(**{key.name: merged[f"{name}.{key.name}"] for key in fields(kind)})
@@ -308,6 +250,10 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
     if config.run.id == "latest" or not (config.run.id == "" or is_name(config.run.id)):
         raise ConfigError(f"run.id is {config.run.id!r}; expected {NAME_WORDS}, and not 'latest'")
     config.model.windows()
+    if config.model.head_norm == "frozen" and config.model.pretrained != SYNTHETIC:
+        raise ConfigError(
+            "model.head_norm is 'frozen'; expected model.pretrained = 'synthetic', whose statistics it takes"
+        )
     if not any((config.loss.cls, config.loss.seg, config.loss.rec)):
         raise ConfigError("loss.cls, loss.seg and loss.rec are all 0; expected at least one task to train")
     _check_rule(config.federation)
@@ -323,28 +269,3 @@ def _check_rule(settings: FederationSettings) -> None:
             f"federation.rule is {settings.rule!r} with federation.faulty = {settings.faulty} and federation.quorum = "
             f"{settings.quorum}; expected a quorum of at least {least}, or another rule"
         )
-
-
-def _checked(key: str, value: Any, expected: type) -> Scalar:
-    """One value, of its type and in its range."""
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= _MOST_NUMBER else math.inf
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} is {ascii(value)[:60]} ({type(value).__name__}); expected {expected.__name__}")
-    if isinstance(value, str) and (len(value) > LONGEST_TEXT or not value.isprintable()):
-        raise ConfigError(f"{key} is {value[:40]!a}; expected up to {LONGEST_TEXT} printable characters")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} is {value!r}; expected a finite number")
-    if key in _CHOICES and value not in _CHOICES[key]:
-        raise ConfigError(f"{key} is {value!r}; expected one of {', '.join(_CHOICES[key])}")
-    if isinstance(value, str):
-        return value
-    number = cast(int | float, value)
-    least, most = _LEAST.get(key, -math.inf), _MOST.get(key, _MOST_NUMBER)
-    if not number >= least:
-        raise ConfigError(f"{key} is {value!r}; expected at least {least:g}")
-    if not number <= most:
-        raise ConfigError(f"{key} is {value!r}; expected at most {most:g}")
-    if key in _ABOVE_ZERO and not number > 0:
-        raise ConfigError(f"{key} is {value!r}; expected more than 0")
-    return number

@@ -37,6 +37,7 @@ def build_model(settings: ModelSettings, seed: int) -> MultiTaskSwin:
         model = MultiTaskSwin(VARIANTS[settings.variant], in_channels=len(settings.windows()))
     if settings.pretrained == SYNTHETIC:
         load_starting(model, starting_file(settings.variant), settings)
+    model.cls.norm.frozen = settings.head_norm == "frozen"
     return model
 
 

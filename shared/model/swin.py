@@ -160,13 +160,15 @@ class BatchStatistics(nn.Module):
     def __init__(self, features: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
+        self.frozen = False
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """(B, D) to (B, D): by the batch's own statistics in training, by the running ones after."""
+        """(B, D) to (B, D): by the batch's own statistics in training, by the running ones after, and if `frozen` always."""
+        by_batch = self.training and not self.frozen
         return nn.functional.batch_norm(
-            x_BD, self.running_mean, self.running_var, training=self.training, momentum=0.1, eps=self.eps
+            x_BD, self.running_mean, self.running_var, training=by_batch, momentum=0.1, eps=self.eps
         )
 
 

@@ -72,6 +72,9 @@ def test_the_hash_ignores_places_and_nothing_else() -> None:
         ({"federation.heads": "mean"}, "average, ensemble, probe"),
         ({"model.windows_hu": "80:0"}, "low < high"),
         ({"model.windows_hu": "brain"}, "low < high"),
+        ({"model.head_norm": "none"}, "batch, frozen"),
+        ({"model.head_norm": "frozen"}, r"expected model\.pretrained = 'synthetic'"),
+        ({"federation.codec": "int1"}, "fp32, fp16, int8, int4, int2"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(flat: dict, text: str) -> None:

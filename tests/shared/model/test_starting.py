@@ -135,3 +135,17 @@ def test_the_card_says_what_the_model_is(file: Path) -> None:
     card = read_card(file)
     assert card.settings == SETTINGS
     assert card.facts["data"] == "none"
+
+
+def test_frozen_statistics_stay_the_files_and_leave_slices_alone(installed: Path) -> None:
+    """With them a slice's logit does not depend on who else is in its batch; with the batch's it does."""
+    synthetic = replace(SETTINGS, pretrained="synthetic")
+    features = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)) + 1
+    logits = {}
+    for norm in ("frozen", "batch"):
+        head = build_model(replace(synthetic, head_norm=norm), 1).cls.train()
+        before = head.norm.running_mean.clone()
+        logits[norm] = torch.cat([head(features[:3]), head(features[3:])]) - head(features)
+        assert torch.equal(before, head.norm.running_mean) == (norm == "frozen")
+    assert logits["frozen"].abs().max() < 1e-5
+    assert logits["batch"].abs().max() > 1e-3
