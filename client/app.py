@@ -113,7 +113,7 @@ def train(message: Message, context: Context) -> Message:
     if beside.wanted:
         made = RoundNumbers({PATIENTS: patients, **coarse_losses(report)}, tally, beside.model)
         beside = replace(beside, kept=keep_numbers(state.folder, order.round_number, made))
-    update, exchange = make_update(trained, received, config, state.exchange(last))
+    update, exchange = make_update(trained, received, config, state, last)
     state.save_footing(after_round(footing, order.round_number, received, trained))
     state.save(learner, order.round_number, exchange)
     numbers = beside.kept

@@ -137,7 +137,7 @@ class FederationSettings:
 
     Attributes:
       rounds: number of rounds.
-      strategy: fedavg, fedprox (with mu = proximal_mu), fedavgm or fedadam.
+      strategy: fedavg, fedprox, fedavgm or fedadam.
       weights: what hospitals count in a mean: "equal", or by "patients", from a third to three times their median.
       rule: how a round's updates become one: "mean", or one that a hospital gone wrong cannot move at will: "median",
         "trimmed-mean" or "krum"; these count each hospital once, whatever its weight.
@@ -147,8 +147,9 @@ class FederationSettings:
       codec: how tensors travel: "fp32" whole; "fp16", "int8", "int4", "int2" as differences (shared/wire/codecs.py).
       heads: what the global model uses as heads: average, ensemble or probe.
       quorum: fewest good updates for a round; below it the run waits, and asks for the round again.
-      wait_s: how long it waits for a quorum, and goes on asking for a round, before it stops with an error.
+      wait_s: how long it waits for a quorum of hospitals, and goes on asking for a round, before it stops with an error.
       round_deadline_s: a hospital that has not answered by then is left out of the round, and asked again once it answered.
+      proximal_mu: FedProx's mu.
       server_learning_rate: FedAvgM's and FedAdam's step on the server; FedAdam moves every value by about this much a round.
       server_momentum: FedAvgM's momentum, FedAdam's beta 1.
       development_site: site.yaml of the data on which heads = "probe" is fitted, on the server.
@@ -262,7 +263,8 @@ def parse_config(flat: dict[str, Any]) -> RunConfig:
 
 def _check_rule(settings: FederationSettings) -> None:
     """A rule that compares hospitals needs enough of them in every round."""
-    # What each rule can be computed with: Yin et al. 2018 (arXiv:1803.01498), definition 2; Flower's Krum looks at n - f - 2 others.
+    # What each rule can be computed with: Yin et al. 2018 (arXiv:1803.01498), definition 2; Flower's Krum, which looks at n - f - 2
+    # neighbours. Krum's guarantee asks for more, n >= 2 f + 3 (Blanchard et al. 2017, arXiv:1703.02757, section 4).
     least = {"median": 3, "trimmed-mean": 2 * settings.faulty + 1, "krum": settings.faulty + 3}.get(settings.rule, 1)
     if settings.quorum < least:
         raise ConfigError(

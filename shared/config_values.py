@@ -45,7 +45,7 @@ _LEAST: dict[str, float] = {
     "federation.server_momentum": 0,
     "evaluation.replicates": 100,
 }
-# Absurd values; what a hospital accepts is narrower (shared/site.py).
+# Absurd values; what a hospital accepts is narrower (shared/rules.py).
 _MOST: dict[str, float] = {
     "run.seed": 2**63 - 1,
     "train.epochs": 10_000,

@@ -14,7 +14,7 @@ from client.training.local_state import Exchange, LocalState
 from shared.config import RunConfig
 from shared.groups import group, groups_shared
 from shared.refusals import Refusal, Refused
-from shared.wire.codecs import PLAIN, encode, minus, plus
+from shared.wire.codecs import PLAIN, encode_update
 from shared.wire.records import Shapes, Tensors, coded_record, from_coded_record, from_record, tested_hash, to_record
 
 
@@ -56,18 +56,19 @@ def _held(round_number: int, config: RunConfig, state: LocalState) -> Tensors:
 
 
 def make_update(
-    trained: Tensors, received: Tensors, config: RunConfig, before: Exchange | None
+    trained: Tensors, received: Tensors, config: RunConfig, state: LocalState, last: int
 ) -> tuple[ArrayRecord, Exchange | None]:
     """What leaves the hospital of a round, and what is kept for the next; nothing without a codec.
 
     Args:
       trained, received: the shared tensors at the round's end and beginning.
       config: of the run.
-      before: what the last round kept.
+      state: of this hospital.
+      last: the round that it trained before; 0 for none.
     """
     codec = config.federation.codec
     if codec == PLAIN:
         return to_record(trained), None
-    target = trained if before is None else plus(trained, before.residual)
-    coded = encode(target, received, codec)
-    return coded_record(coded), Exchange(received, minus(target, coded.received))
+    before = state.exchange(last)
+    coded, residual = encode_update(trained, received, before.residual if before else None, codec)
+    return coded_record(coded), Exchange(received, residual)

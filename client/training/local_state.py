@@ -18,7 +18,8 @@ from shared.refusals import Refusal
 from shared.wire.records import Tensors
 
 KEPT_ROUNDS = 3
-# A run of the default model leaves about 1.1 GB: three rounds of heads and optimisers, and the encoder last received.
+# A run of the default model leaves about 1.1 GB: three rounds of heads and optimisers, and the encoder last received; with a
+# codec half a GB more, two encoders a round.
 MOST_RUNS, MOST_BYTES, MOST_AGE_S = 20, 40 * 2**30, 180 * 86400.0
 IN_PROGRESS_S = 86400.0  # a run that wrote something within that time may go on
 _UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, UnpicklingError)

@@ -67,6 +67,19 @@ def encode(new: Arrays, start: Arrays, codec: str) -> Coded:
     return Coded(data, decode(data, start, codec))
 
 
+def encode_update(trained: Arrays, start: Arrays, residual: Arrays | None, codec: str) -> tuple[Coded, Arrays]:
+    """Code what a round changed, with what the last message lacked; the message, and what this one lacks.
+
+    Args:
+      trained, start: tensors at the round's end, and those that both sides hold.
+      residual: of the last message; None before the first.
+      codec: a key of BITS.
+    """
+    target = trained if residual is None else plus(trained, residual)
+    coded = encode(target, start, codec)
+    return coded, minus(target, coded.received)
+
+
 def decode(data: Mapping[str, NDArray[np.uint8]], start: Arrays, codec: str) -> dict[str, NDArray[np.float32]]:
     """What the receiver makes of a message; the tensors' values are not checked.
 

@@ -31,7 +31,7 @@ from shared.model.sampling import make_sampler
 from shared.model.scoring import best_device
 from shared.model.swin import VARIANTS, MultiTaskSwin
 from shared.slices import SliceCache
-from shared.wire.codecs import PLAIN, encode, minus, plus
+from shared.wire.codecs import PLAIN, encode, encode_update, minus, plus
 from shared.wire.records import Tensors, to_arrays
 
 MODES = ("federated", "pooled", "alone")
@@ -138,7 +138,8 @@ def train(
             after[name] = _loss(learners[name], held[name], config) if adjust else 0.0
             updates[name] = to_arrays(model.state_dict(), shared)
             if coded:
-                updates[name], residuals[name] = _coded(updates[name], sent, residuals.get(name), settings.codec)
+                message, residuals[name] = encode_update(updates[name], sent, residuals.get(name), settings.codec)
+                updates[name] = message.received
             reports.append(report)
         if attack:
             updates[names[-1]] = _attacked(updates[names[-1]], sent, ATTACKS[attack])
@@ -156,13 +157,6 @@ def train(
         heads = {name: to_arrays(learners[name].model.state_dict(), ("cls", "seg", "rec")) for name in names}
     encoder = {n: v for n, v in arrays.items() if n.startswith("encoder.")}
     return Trained(encoder, heads, trace, time.perf_counter() - started, images)
-
-
-def _coded(trained: Tensors, start: Tensors, residual: Tensors | None, codec: str) -> tuple[Tensors, Tensors]:
-    """An update as it arrives, and what it lacks, as client/training/exchange.py sends it."""
-    target = trained if residual is None else plus(trained, residual)
-    received = encode(target, start, codec).received
-    return received, minus(target, received)
 
 
 def adjust_weights(weights: dict[str, float], gaps: dict[str, float], step: float) -> dict[str, float]:

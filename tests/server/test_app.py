@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from flwr.app import Message
 
 from server.app import finish
 from server.evaluation.evaluate import evaluate_unseen
@@ -23,7 +22,7 @@ from shared.metrics import summarise
 from shared.tally import pooled
 from tests.conftest import SmallHospitals, edit_site, small_config
 from tests.support.loopback import LoopbackGrid, run_server
-from tests.support.rounds import NAMES, run
+from tests.support.rounds import NAMES, run, stopped_in_round
 
 METRICS = ("auc", "f1", "dice")
 
@@ -112,14 +111,7 @@ def test_a_stopped_run_resumed_is_the_undisturbed_run(copied_hospitals: SmallHos
     whole, _ = run(copied_hospitals, tmp_path / "a", run__id="whole")
 
     flat = small_config(run__folder=str(tmp_path / "b"), run__id="stopped")
-
-    def stop(asked: Message, reply: Message) -> Message:
-        if asked.metadata.message_type == "train" and asked.content["config"]["server-round"] == 2:
-            raise KeyboardInterrupt
-        return reply
-
-    with pytest.raises(KeyboardInterrupt):
-        run_server(LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=stop), flat)
+    stopped_in_round(copied_hospitals, flat, 2)
     # The client that was asked had trained round 2 when the server died; it must not train it twice from there.
     resumed, _ = run(copied_hospitals, tmp_path / "b", run__id="stopped", run__resume=True)
     expected, found = load_checkpoint(whole / "checkpoint"), load_checkpoint(resumed / "checkpoint")

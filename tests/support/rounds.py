@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flwr.app import Message
 
 from server.federation.robust import longest_update
@@ -26,6 +27,18 @@ def run(hospitals: SmallHospitals, folder: Path, **keys: object) -> tuple[Path, 
     grid = LoopbackGrid([hospitals.files[n] for n in NAMES], flat)
     run_server(grid, flat)
     return folder / "latest", grid
+
+
+def stopped_in_round(hospitals: SmallHospitals, flat: dict, number: int) -> None:
+    """A run of two hospitals whose server dies when a hospital has trained a round, and is not told of it."""
+
+    def stop(asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train" and asked.content["config"]["server-round"] == number:
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        run_server(LoopbackGrid([hospitals.files[n] for n in NAMES], flat, change=stop), flat)
 
 
 def beginning(grid: LoopbackGrid, flat: dict, hospitals: SmallHospitals) -> tuple[RunContext, Moments, dict]:

@@ -11,12 +11,13 @@ from flwr.app import ConfigRecord, Error, Message
 
 from server.storage.checkpoint import load_checkpoint, read_tensors
 from server.storage.run_folder import read_rounds
+from shared.config import parse_config
 from shared.refusals import TEXTS, Refusal
 from shared.site import read_site
 from shared.wire.codecs import BITS
 from tests.conftest import SmallHospitals, small_config
 from tests.support.loopback import LoopbackGrid, run_server
-from tests.support.rounds import NAMES, run
+from tests.support.rounds import NAMES, run, stopped_in_round
 
 VALUES = 576_878  # of the demo encoder
 
@@ -57,13 +58,7 @@ def test_a_stopped_run_resumed_is_the_undisturbed_run(copied_hospitals: SmallHos
     whole, _ = run(copied_hospitals, tmp_path / "a", run__id="whole", **keys)
     flat = small_config(run__folder=str(tmp_path / "b"), run__id="stopped", **keys)
 
-    def stop(asked: Message, reply: Message) -> Message:
-        if asked.metadata.message_type == "train" and asked.content["config"]["server-round"] == 3:
-            raise KeyboardInterrupt
-        return reply
-
-    with pytest.raises(KeyboardInterrupt):
-        run_server(LoopbackGrid([copied_hospitals.files[n] for n in NAMES], flat, change=stop), flat)
+    stopped_in_round(copied_hospitals, flat, 3)
     resumed, grid = run(copied_hospitals, tmp_path / "b", run__id="stopped", run__resume=True, **keys)
     assert all("held-round" in order for node in (1, 2) for order in orders(grid, node)), (
         "who holds it gets a difference"
@@ -117,4 +112,4 @@ def test_rules_strategies_and_shared_heads_go_with_a_codec(
 
 @pytest.mark.parametrize("codec", BITS)
 def test_every_codec_is_a_choice_of_the_run_config(codec: str) -> None:
-    assert small_config(federation__codec=codec)["federation.codec"] == codec
+    assert parse_config({"federation.codec": codec}).federation.codec == codec
