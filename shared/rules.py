@@ -62,9 +62,9 @@ ACCEPT = (
     ("train.batch", Bound(8, 128)),
     ("train.clip_norm", Bound(0.1, 100, or_zero=True)),
     ("train.epochs", Bound(high=50)),
-    ("train.steps", Bound(high=20_000)),
     ("train.learning_rate", Bound(1e-6, 0.01)),
     ("train.matrix_rate", Bound(1e-5, 0.05)),
+    ("train.steps", Bound(high=20_000)),
     ("train.warmup", Bound(high=0.5)),
     ("train.weight_decay", Bound(high=0.5)),
 )

@@ -29,7 +29,7 @@ def test_hello_tells_public_facts_and_counts(hospitals: SmallHospitals) -> None:
         "site": NAME,
         "role": "train",
         "release": "encoder,cls,seg,rec",
-        "protocol": 3,
+        "protocol": 4,
         "withheld": "",
     }
     cache = hospitals.cache(NAME)
