@@ -77,14 +77,14 @@ class RoundResult:
 
     Attributes:
       arrays: the new global tensors.
-      moved: length of the step from the round's start to the updates' mean, or to what another rule made of them.
-      held: those that the round began with, at every hospital in `sites`; empty without a codec.
       moments: what the server optimiser remembers for the next round.
       sites: per site that was folded in.
       refused: site -> why its reply was not used.
       shrunk: site -> what its update was multiplied by, where federation.norm_bound shortened it.
       bytes_down: size of the tensors sent to all sites.
       seconds: wall clock.
+      moved: length of the step from the round's start to the updates' mean, or to what another rule made of them.
+      held: the tensors that the round began with, at every hospital in `sites`; empty without a codec.
     """
 
     arrays: dict
@@ -144,7 +144,7 @@ def run_round(
     """
     grid, settings = session.grid, session.settings
     started = time.perf_counter()
-    orders, start = _orders(session, members, arrays, round_number, held)
+    orders, start, model = _orders(session, members, arrays, round_number, held)
     online = set(grid.get_node_ids())
     messages = {
         m.site: Message(orders[m.site], dst_node_id=m.node_id, message_type="train")
@@ -153,7 +153,6 @@ def run_round(
     }
     weights = {m.site: m.weight for m in members}
     counts = {m.site: m.counts for m in members}
-    model = tested_hash(start, [])
 
     def awaiting(name: str) -> None:
         write_status(session.run, "running", what=f"round {round_number} of {settings.rounds}", sites=[name])
@@ -216,8 +215,8 @@ def run_round(
 
 def _orders(
     session: RunContext, members: list[Participant], arrays: Tensors, round_number: int, held: Tensors
-) -> tuple[dict[str, RecordDict], Tensors]:
-    """Each member's order, and the tensors with which all begin the round.
+) -> tuple[dict[str, RecordDict], Tensors, str]:
+    """Each member's order, the tensors with which all begin the round, and their hash.
 
     With a codec, who holds the tensors of the last round gets the difference to them, and everybody else whole tensors.
     """
@@ -225,15 +224,20 @@ def _orders(
     keys = {"run": session.run.name, "server-round": round_number}
     if settings.strategy == "fedprox":
         keys["proximal-mu"] = settings.proximal_mu
-    difference, start = None, arrays
+    names = {member.site for member in members}
+    start, holders = arrays, set()
     if settings.codec != PLAIN:
         coded = encode(arrays, held, settings.codec)
-        start = coded.received
-        told = {"held-round": round_number - 1, "model": tested_hash(start, [])}
+        start, holders = coded.received, names & session.roster.holders
+    model, orders = tested_hash(start, []), {}
+    if holders:
+        told = {"held-round": round_number - 1, "model": model}
         difference = RecordDict({"arrays": coded_record(coded), "config": ConfigRecord(keys | told)})
-    whole = RecordDict({"arrays": to_record(start), "config": ConfigRecord(keys)})
-    holders = session.roster.holders if difference else set()
-    return {m.site: difference if m.site in holders else whole for m in members}, start
+        orders |= dict.fromkeys(holders, difference)
+    if names - holders:
+        whole = RecordDict({"arrays": to_record(start), "config": ConfigRecord(keys)})
+        orders |= dict.fromkeys(names - holders, whole)
+    return orders, start, model
 
 
 def _read_update(record: ArrayRecord, start: Tensors, codec: str) -> Tensors:
